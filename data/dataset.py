@@ -1,0 +1,155 @@
+"""
+Rows of tokens on disk and in batches; shared by every prepare.py, train.py and sample.py.
+
+A data set is a folder: meta.json, train.bin, val.bin and, where there is one, test.bin.
+
+meta.json
+  task          what it is, in words
+  vocab         list of strings, one a token
+  row_end       the token that ends a row
+  answer_after  the token behind which the answer begins: that is what is graded
+  level         what a row's level counts ("operations", "digits"): short problems first, accuracy by level
+  think_after   tokens that a thought may follow; absent is all
+
+A .bin file is a header of 56 bytes (magic, version, rows, tokens, SHA-256 of the rest), the token ids of all rows one behind
+the other (uint16), and the level of each row (uint16).
+"""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAGIC, VERSION = b"nanothnk", 1
+HEADER = struct.Struct("<8sIIQ32s")  # magic, version, rows, tokens, SHA-256 of what follows
+
+
+class DataError(Exception):
+    """A file or a text that cannot be used; the message is one sentence for the person who gave it."""
+
+
+def write_bin(path: Path, tokens: list[int], levels: list[int]) -> None:
+    """Write token ids, row ends included, and one level a row."""
+    body = np.array(tokens, np.uint16).tobytes() + np.array(levels, np.uint16).tobytes()
+    Path(path).write_bytes(HEADER.pack(MAGIC, VERSION, len(levels), len(tokens), hashlib.sha256(body).digest()) + body)
+
+
+def read_bin(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """-> token ids (n_tokens,), levels (n_rows,). Raises DataError if the file is missing, damaged or not ours."""
+    try:
+        blob = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror}): make it with the prepare.py beside it") from None
+    if len(blob) < HEADER.size or not blob.startswith(MAGIC):
+        raise DataError(f"{path} is not a nanothink data file, or its beginning is lost")
+    _, version, n_rows, n_tokens, digest = HEADER.unpack_from(blob)
+    body = blob[HEADER.size :]
+    if version != VERSION:
+        raise DataError(f"{path} has format version {version}, this program reads {VERSION}: run prepare.py again")
+    if len(body) != 2 * (n_tokens + n_rows) or hashlib.sha256(body).digest() != digest:
+        raise DataError(f"{path} is damaged or cut short: run prepare.py again")
+    numbers = np.frombuffer(body, np.uint16)
+    return numbers[:n_tokens], numbers[n_tokens:]
+
+
+class Batch(NamedTuple):
+    """B rows, padded at the end."""
+
+    real: Tensor  # (B, T) token ids
+    length: Tensor  # (B,) real tokens in the row, row end included
+    prompt: Tensor  # (B,) tokens up to and with `answer_after`
+    level: Tensor  # (B,)
+
+    def to(self, device) -> "Batch":
+        return Batch(*(part.to(device) for part in self))
+
+    def repeat(self, times: int) -> "Batch":
+        """Each row `times` times, one behind the other."""
+        return Batch(*(part.repeat_interleave(times, dim=0) for part in self))
+
+
+class Rows:
+    """All rows of one split, grouped by level."""
+
+    def __init__(self, tokens: np.ndarray, levels: np.ndarray, row_end: int, answer_after: int):
+        ends = np.flatnonzero(tokens == row_end) + 1
+        if len(ends) != len(levels) or len(ends) == 0 or ends[-1] != len(tokens):
+            raise DataError(f"{len(ends)} row ends but {len(levels)} levels: the data do not fit their meta.json")
+        starts = np.concatenate([[0], ends[:-1]])
+        length = ends - starts
+        column = np.arange(length.max())
+        table = tokens[np.minimum(starts[:, None] + column, len(tokens) - 1)].astype(np.int64)  # (N, T)
+        table = np.where(column < length[:, None], table, row_end)
+        prompt = (table == answer_after).argmax(axis=1) + 1
+        order = np.argsort(levels, kind="stable")
+        self.all = Batch(*(torch.from_numpy(part[order].astype(np.int64)) for part in (table, length, prompt, levels)))
+        self.levels, counts = (x.tolist() for x in np.unique(levels, return_counts=True))
+        self.count = dict(zip(self.levels, counts))
+        self.start = dict(zip(self.levels, np.cumsum([0] + counts[:-1]).tolist()))
+
+    def draw(self, size: int, levels: list[int], generator: torch.Generator) -> Batch:
+        """`size` rows: a level drawn evenly from `levels`, then a row of that level."""
+        pick = torch.tensor(levels)[torch.randint(len(levels), (size,), generator=generator)]
+        count = torch.tensor([self.count[k] for k in levels])[torch.searchsorted(torch.tensor(levels), pick)]
+        start = torch.tensor([self.start[k] for k in levels])[torch.searchsorted(torch.tensor(levels), pick)]
+        return self._take(start + (torch.rand(size, generator=generator, dtype=torch.double) * count).long())
+
+    def first(self, size: int, level: int) -> Batch:
+        """The first `size` rows of a level, or all there are."""
+        return self._take(self.start[level] + torch.arange(min(size, self.count[level])))
+
+    def _take(self, index: Tensor) -> Batch:
+        batch = Batch(*(part[index] for part in self.all))
+        return batch._replace(real=batch.real[:, : int(batch.length.max())])
+
+
+class Vocabulary:
+    """Strings to ids and back. Reads the longest token that fits, so that `+3` can be one token or two."""
+
+    def __init__(self, meta: dict):
+        self.meta, self.tokens = meta, meta["vocab"]
+        self.index = {token: i for i, token in enumerate(self.tokens)}
+        self.longest = max(map(len, self.tokens))
+        self.row_end, self.answer_after = self.index[meta["row_end"]], self.index[meta["answer_after"]]
+
+    def encode(self, text: str) -> list[int]:
+        """Raises DataError that names a character outside the vocabulary."""
+        ids, at = [], 0
+        while at < len(text):
+            for size in range(self.longest, 0, -1):
+                if (token := text[at : at + size]) in self.index:
+                    break
+            else:
+                known = " ".join(repr(t)[1:-1] for t in self.tokens)
+                raise DataError(f"{text[at]!r} in {text!r} (character {at + 1}) is not in the vocabulary: {known}")
+            ids.append(self.index[token])
+            at += len(token)
+        return ids
+
+    def decode(self, ids) -> str:
+        return "".join(self.tokens[i] for i in ids)
+
+    def think_after(self) -> Tensor | None:
+        """(V,) bool, or None where a thought may follow anything."""
+        if not self.meta.get("think_after"):
+            return None
+        return torch.tensor([token in self.meta["think_after"] for token in self.tokens])
+
+
+def load_meta(folder: str) -> dict:
+    path = Path(folder) / "meta.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror}): prepare the data first, see README.md") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON (line {error.lineno}): prepare the data again") from None
+
+
+def load_rows(folder: str, split: str, vocabulary: Vocabulary) -> Rows:
+    return Rows(*read_bin(Path(folder) / f"{split}.bin"), vocabulary.row_end, vocabulary.answer_after)

@@ -1,0 +1,311 @@
+"""
+A GPT that may think: silent extra tokens between the tokens it says, in one file.
+
+The network is an ordinary pre-norm decoder with rotary positions. Three things are added:
+K thoughts in the vocabulary, a gate (one number a column: think next, or speak?), and `rollout`, the one
+loop that walks a batch of rows from left to right, with a thought wherever the gate asks for one.
+Training, evaluation and sampling all use that loop.
+
+Not here: the loss (train.py), any task, any path, any logging. The output of `generate` holds no thought.
+
+Glossary
+  B   rows in a batch
+  T   real tokens in a row: tokens of the data
+  C   columns of a stream: the real tokens of a row with the thoughts emitted between them
+  V   words: the vocabulary of real tokens, ids 0 .. V-1
+  K   thoughts, ids V .. V+K-1; never shown, never supervised
+  nh  attention heads, hs head size, nh * hs = n_embd
+  speak / think   the two things a column can do: predict the next real token, or emit a thought
+
+References
+  GPT-2 (Radford et al. 2019) and nanoGPT for the network; RoPE (Su et al. 2021, arXiv:2104.09864) for positions
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# ----------------------------------------------------------------------------------------------
+# the network
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 0  # V, real tokens
+    n_think: int = 16  # K, thoughts; 0 is a plain GPT
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 64
+    dropout: float = 0.0
+    rope_base: float = 100.0  # the longest wavelength of the rotary positions, in columns, over 2 pi
+    gate_init: float = 0.99  # probability of thinking of an untrained gate
+
+
+class Output(NamedTuple):
+    """What every column says, whatever went in."""
+
+    words: Tensor  # (B, C, V) logits of the next real token, if the column speaks
+    thoughts: Tensor  # (B, C, K) logits of the thoughts, if it thinks
+    gate: Tensor  # (B, C) logit of thinking; -inf in a plain GPT
+
+
+class KVCache:
+    """
+    Keys and values of the columns seen so far, preallocated for B rows.
+
+    With `window` = w > 0 the buffer is a ring of w columns: a column attends to itself and the w - 1 before it,
+    and memory per row is constant. The ring's order is of no matter to attention: positions are rotated into
+    the keys before they are stored.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, columns: int, window: int = 0, device=None):
+        self.size = min(window, columns) if window else columns
+        self.window = window
+        shape = (config.n_layer, batch, config.n_head, self.size, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, device=device)  # (n_layer, B, nh, size, hs)
+        self.values = torch.zeros(shape, device=device)
+        self.length = 0  # columns stored so far; the same for all rows
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, nh, C, hs) of new columns; return those of all columns in view."""
+        C, start = k.size(2), self.length % self.size if self.window else self.length
+        if self.window and C > 1:
+            raise ValueError("a cache with a window takes one column at a time")
+        if start + C > self.size:
+            raise ValueError(f"the cache holds {self.size} columns, {start + C} were asked for")
+        self.keys[layer, :, :, start : start + C] = k
+        self.values[layer, :, :, start : start + C] = v
+        seen = min(self.length + C, self.size)
+        return self.keys[layer, :, :, :seen], self.values[layer, :, :, :seen]
+
+
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """RoPE: turn the two halves of each head by position times frequency. x (B, nh, C, hs), angle (C, hs / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, angle, mask=None, cache=None, layer=0):
+        B, C, D = x.shape
+        q, k, v = self.qkv(x).view(B, C, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, C, hs)
+        q, k = rotate(q, angle), rotate(k, angle)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, nh, S, hs), S columns in view
+        p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and C > 1)
+        return self.proj(y.transpose(1, 2).reshape(B, C, D))  # (B, nh, C, hs) -> (B, C, n_embd)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        self.attention = Attention(config)
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, *attend):
+        x = x + self.drop(self.attention(self.norm1(x), *attend))
+        return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        V, K, D = config.vocab_size, config.n_think, config.n_embd
+        if D % config.n_head or D // config.n_head % 2:
+            raise ValueError(f"n_embd = {D} must split into n_head = {config.n_head} heads of even size")
+        self.embedding = nn.Embedding(V + K, D)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(D)
+        self.head = nn.Linear(D, V + K)
+        self.gate = nn.Linear(D, 1) if K else None
+        self.drop = nn.Dropout(config.dropout)
+        frequency = config.rope_base ** -torch.linspace(0, 1, D // config.n_head // 2 + 1)[:-1]
+        self.register_buffer("frequency", frequency, persistent=False)  # (hs / 2,) radians per column
+        self.apply(self._init)
+
+    def _init(self, module):
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.7 / math.sqrt(module.in_features))
+            nn.init.zeros_(module.bias)
+        if module is self.gate:  # undecided by content, but held open: thoughts must be tried before they can pay
+            nn.init.zeros_(module.weight)
+            nn.init.constant_(module.bias, math.log(self.config.gate_init / (1 - self.config.gate_init)))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Output:
+        """
+        x: token ids (B, C), or embeddings (B, C, n_embd), as the echo needs them.
+        mask: (C, C) or (B, 1, C, C), True where a query (row) sees a key (column); None is causal.
+        cache: the columns before these; x goes behind them. A cache takes one column at a time, or all at the start.
+        """
+        if not x.is_floating_point():
+            x = self.embedding(x)  # (B, C) -> (B, C, n_embd)
+        start = cache.length if cache is not None else 0
+        if start and x.size(1) > 1:
+            raise ValueError("a cache that holds columns takes one column at a time")
+        angle = torch.arange(start, start + x.size(1), device=x.device)[:, None] * self.frequency  # (C, hs / 2)
+        x = self.drop(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, angle, mask, cache, layer)
+        if cache is not None:
+            cache.length += x.size(1)
+        x = self.norm(x)
+        words, thoughts = self.head(x).split([self.config.vocab_size, self.config.n_think], dim=-1)
+        if self.gate is None:
+            return Output(words, thoughts, torch.full_like(words[..., 0], -torch.inf))
+        # the gate reads the trunk but does not shape it: the noise of its policy gradient wears off what thoughts mean
+        return Output(words, thoughts, self.gate(x.detach())[..., 0])
+
+    def optimiser(self, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+        """AdamW; matrices decay, embeddings, biases and norms do not."""
+        matrices = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
+        groups = [
+            {"params": [p for p in self.parameters() if p in matrices], "weight_decay": weight_decay},
+            {"params": [p for p in self.parameters() if p not in matrices], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+# ----------------------------------------------------------------------------------------------
+# the rollout: one column at a time, a thought or the next real token
+
+
+@dataclass
+class Thinking:
+    """How a rollout thinks. All modes but `policy` take the thoughts, or their meaning, away."""
+
+    mode: str = "policy"  # policy | never | random | constant | swapped (with the next row of the batch)
+    greedy: bool = False  # think where the gate says more than 1/2; take the likeliest thought and word
+    max_run: int = 1  # thoughts in a row, at most
+    after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None is all
+    constant: int = 0  # the thought that mode `constant` always thinks, 0 .. K-1
+    window: int = 0  # columns in view, 0 for all
+    temperature: float = 1.0  # of the words, when not greedy
+    top_k: int = 0  # words to choose from, 0 for all
+
+
+class Rollout(NamedTuple):
+    """B streams of C columns. Behind a row's last real token stand columns that are not `valid`."""
+
+    stream: Tensor  # (B, C) token ids, thoughts included
+    pointer: Tensor  # (B, C) index in `real` of the token that the column predicts, if it speaks
+    decides: Tensor  # (B, C) the gate had a choice here
+    thinks: Tensor  # (B, C) a thought follows this column
+    valid: Tensor  # (B, C) the row still had something to say
+    real: Tensor  # (B, T) the real tokens, with those the model said itself
+    length: Tensor  # (B,) how many of them there are
+
+    @property
+    def speaks(self) -> Tensor:  # (B, C)
+        return self.valid & ~self.thinks
+
+    @property
+    def holds_real(self) -> Tensor:  # (B, C) the column's own token is a real one: its pointer has just moved on
+        return torch.cat([self.pointer[:, :1] > 0, self.pointer[:, 1:] != self.pointer[:, :-1]], dim=1)
+
+
+@torch.no_grad()
+def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: Thinking, generator=None, stop: int = -1) -> Rollout:
+    """
+    Walk all rows from left to right, one column a step. Each row has its own pointer to its next real token.
+    At every column the gate is sampled: either a thought is appended, or the next real token is. The first
+    `given` (B,) tokens of each row are given (teacher forcing); from there to `length` (B,) the model speaks
+    for itself, and a row that says `stop` ends there. Training gives all (given = length), sampling a prompt.
+
+    real: (B, T) ids, T >= length. generator: the source of all chance in here, so that evaluation never draws from training's.
+    """
+    B, T = real.shape
+    V, K = model.config.vocab_size, model.config.n_think
+    device, rows = real.device, torch.arange(B, device=real.device)
+    real, length = real.clone(), length.clone()
+    may_follow = torch.ones(V + K, dtype=torch.bool, device=device)
+    if thinking.after is not None:
+        may_follow[:V] = thinking.after
+    runs = thinking.max_run if K and thinking.mode != "never" else 0
+    columns = int(length.max()) * (1 + runs)
+    cache = KVCache(model.config, B, columns, thinking.window, device)
+    token, pointer, run = real[:, 0], torch.ones(B, dtype=torch.long, device=device), torch.zeros_like(given)
+    record = []  # of (token, pointer, decides, thinks, valid), each (B,)
+    for _ in range(columns):
+        words, thoughts, gate = (y[:, -1] for y in model(token[:, None], cache=cache))  # (B, V), (B, K), (B,)
+        valid = pointer < length
+        decides = valid & (run < runs) & may_follow[token]
+        thinks = decides & think_now(gate, thinking, generator)
+        record.append((token, pointer, decides, thinks, valid))
+        word = real[rows, pointer.clamp(max=T - 1)]
+        own = valid & (pointer >= given)
+        if own.any():
+            word = torch.where(own, choose(words, thinking, generator), word)
+            real[rows, pointer.clamp(max=T - 1)] = torch.where(thinks, real[rows, pointer.clamp(max=T - 1)], word)
+            length = torch.where(own & ~thinks & (word == stop), pointer + 1, length)
+        token = word
+        if runs:
+            token = torch.where(thinks, V + choose_thought(thoughts, thinking, generator), word)
+        run = torch.where(thinks, run + 1, 0)
+        pointer = torch.where(thinks | ~valid, pointer, pointer + 1)
+        if (pointer >= length).all():
+            break
+    return Rollout(*(torch.stack(part, dim=1) for part in zip(*record)), real, length)
+
+
+def think_now(gate: Tensor, thinking: Thinking, generator=None) -> Tensor:
+    """(B,) gate logits -> (B,) bool."""
+    if thinking.greedy:
+        return gate > 0
+    return torch.rand(gate.shape, generator=generator, device=gate.device) < gate.sigmoid()
+
+
+def choose(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
+    """(B, V) word logits -> (B,) ids: the likeliest, or a draw at a temperature among the top k."""
+    if thinking.greedy:
+        return logits.argmax(dim=-1)
+    if thinking.top_k:
+        kth = logits.topk(min(thinking.top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return torch.multinomial((logits / thinking.temperature).softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def choose_thought(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
+    """(B, K) thought logits -> (B,) thoughts 0 .. K-1, by policy or with an ablation."""
+    B, K = logits.shape
+    if thinking.mode == "random":
+        return torch.randint(K, (B,), generator=generator, device=logits.device)
+    if thinking.mode == "constant":
+        return torch.full((B,), thinking.constant, device=logits.device)
+    thought = logits.argmax(dim=-1) if thinking.greedy else torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return thought.roll(1) if thinking.mode == "swapped" else thought
+
+
+def generate(model: GPT, prompts: list[list[int]], new_tokens: int, thinking: Thinking, generator=None, stop: int = -1) -> tuple[list, Rollout]:
+    """
+    Answer prompts of any lengths in one batch -> for each the new real tokens (without `stop`), and the rollout.
+    No thought is in the answers; whoever wants to see them finds them in the rollout's stream.
+    """
+    device = model.embedding.weight.device
+    given = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    if (given == 0).any():
+        raise ValueError("a prompt holds at least one token")
+    real = torch.zeros(len(prompts), int(given.max()) + new_tokens, dtype=torch.long, device=device)
+    for row, prompt in zip(real, prompts):
+        row[: len(prompt)] = torch.tensor(prompt, device=device)
+    roll = rollout(model, real, given, given + new_tokens, thinking, generator, stop)
+    answers = [row[start:end].tolist() for row, start, end in zip(roll.real, given.tolist(), roll.length.tolist())]
+    return [answer[:-1] if answer and answer[-1] == stop else answer for answer in answers], roll

@@ -1,0 +1,208 @@
+"""
+What a trained model can do, and whether its thoughts do it: report.json, report.png and a table, from a checkpoint alone.
+
+  python report.py --run=out/chain --plain=out/plain
+
+Every number comes from rows the training never drew, with dropout off and a random generator of its own. Answers are greedy.
+Modes: `policy` thinks as trained; `never` may not; `random`, `constant` (its most used thought, over and over) and `swapped` (what the
+next row of the batch thinks) keep the places of the thoughts and take away their meaning.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.dataset import DataError, Rows, Vocabulary, load_rows
+from model import GPT, Thinking, rollout
+from train import Config, evaluate, load_config, load_model, pick_device, run
+
+MODES = ("policy", "never", "random", "constant", "swapped")
+
+
+@dataclass
+class ReportConfig:
+    run: str = "out/chain"  # folder of the checkpoint; the report is written there
+    plain: str = ""  # folder of a plain model's checkpoint, to stand beside it
+    data: str = ""  # folder of the data, if it is not where the checkpoint was trained
+    windows: str = "5,8,16"  # columns in view, for the bounded figures
+    rows: int = 200  # rows a level
+    longest: int = 128  # levels above this one are tried in the windows only
+    device: str = "auto"
+
+
+def accuracy(model: GPT, splits: list[Rows], thinking: Thinking, config: ReportConfig) -> dict:
+    """-> {"accuracy": {level: share of whole answers right}, "thoughts_per_row": {level: mean}}."""
+    result = {"accuracy": {}, "thoughts_per_row": {}}
+    for rows in splits:
+        for level in rows.levels:
+            if level > config.longest and not thinking.window:
+                continue
+            generator = torch.Generator(config.device).manual_seed(level)
+            roll, right = evaluate(model, rows.first(config.rows, level).to(config.device), thinking, generator)
+            result["accuracy"][level] = round(right.float().mean().item(), 4)
+            result["thoughts_per_row"][level] = round((roll.thinks & roll.valid).sum().item() / len(right), 2)
+    return result
+
+
+def mutual_information(counts: Tensor) -> float:
+    """Joint counts (X, Y) -> I(X; Y) in nats, of the empirical distribution."""
+    joint = counts.double() / counts.sum()
+    independent = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    return (torch.xlogy(joint, joint) - torch.xlogy(joint, independent)).sum().item()
+
+
+def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict, device: str) -> dict:
+    """
+    What each thought has come to mean. probe.json holds rows of text and, for every token, a label: what one would have in mind there.
+    Counts the thought that follows a token (if any) against the token's label -> mutual information and entropy in nats, and the table.
+    """
+    ids = [vocabulary.encode(text) for text in probe["rows"]]
+    length = torch.tensor([len(row) for row in ids], device=device)
+    real = torch.zeros(len(ids), int(length.max()), dtype=torch.long, device=device)
+    labels = torch.full_like(real, -1)
+    for i, (row, said) in enumerate(zip(ids, probe["labels"])):
+        real[i, : len(row)] = torch.tensor(row)
+        labels[i, : len(row)] = torch.tensor([-1 if label is None else probe["values"].index(label) for label in said])
+    roll = rollout(model, real, length, length, thinking, torch.Generator(device).manual_seed(0))
+    V, K = model.config.vocab_size, model.config.n_think
+    label = labels.gather(1, roll.pointer - 1)  # of the last real token at or before a column
+    where = (roll.thinks & roll.valid & (label >= 0))[:, :-1]
+    pairs = (roll.stream[:, 1:][where] - V) * len(probe["values"]) + label[:, :-1][where]
+    counts = torch.bincount(pairs.cpu(), minlength=K * len(probe["values"])).view(K, -1)
+    if counts.sum() == 0:
+        return {"label": probe["name"], "mutual_information": 0.0, "values": probe["values"], "counts": counts.tolist()}
+    return {
+        "label": probe["name"],
+        "mutual_information": round(mutual_information(counts), 4),
+        "label_entropy": round(mutual_information(torch.diag(counts.sum(0))), 4),
+        "values": probe["values"],
+        "counts": counts.tolist(),
+    }
+
+
+def most_used_thought(model: GPT, rows: Rows, thinking: Thinking, config: ReportConfig) -> int:
+    generator = torch.Generator(config.device).manual_seed(0)
+    roll, _ = evaluate(model, rows.first(config.rows, rows.levels[-1]).to(config.device), thinking, generator)
+    thoughts = roll.stream[roll.stream >= model.config.vocab_size] - model.config.vocab_size
+    return int(thoughts.mode().values) if len(thoughts) else 0
+
+
+def make_report(config: ReportConfig) -> dict:
+    model, vocabulary, state = load_model(config.run, config.device)
+    trained = Config(**state["config"])
+    folder = config.data or trained.data
+    splits = [load_rows(folder, "val", vocabulary)]
+    if (Path(folder) / "test.bin").exists():
+        splits.append(load_rows(folder, "test", vocabulary))
+    report = {
+        "task": state["meta"]["task"],
+        "level": state["meta"]["level"],
+        "trained_levels": splits[0].levels,
+        "seed": trained.seed,
+        "steps": state["progress"]["step"],
+        "seconds": round(state["progress"]["seconds"], 1),
+        "params": sum(p.numel() for p in model.parameters()),
+        "device": config.device,
+        "threads": torch.get_num_threads(),
+        "modes": {},
+        "windows": {},
+    }
+    thinking = Thinking(greedy=True, max_run=trained.max_run, after=vocabulary.think_after())
+    if trained.n_think:
+        thinking.constant = report["constant_thought"] = most_used_thought(model, splits[0], thinking, config)
+    for mode in MODES if trained.n_think else ("never",):
+        report["modes"][mode] = accuracy(model, splits, dataclasses.replace(thinking, mode=mode), config)
+    for window in map(int, filter(None, config.windows.split(","))):
+        report["windows"][window] = accuracy(model, splits, dataclasses.replace(thinking, window=window), config)
+    probe = Path(folder) / "probe.json"
+    if probe.exists() and trained.n_think:
+        report["meaning"] = meaning(model, vocabulary, thinking, json.loads(probe.read_text()), config.device)
+    if config.plain:
+        other, plain_vocabulary, plain_state = load_model(config.plain, config.device)
+        if plain_vocabulary.tokens != vocabulary.tokens:
+            raise DataError(f"the plain model in {config.plain} has another vocabulary: it was trained on {plain_state['meta']['task']}")
+        report["plain"] = accuracy(other, splits, Thinking(mode="never", greedy=True), config)
+        report["plain"]["params"] = sum(p.numel() for p in other.parameters())
+    return report
+
+
+def print_table(report: dict) -> None:
+    levels = sorted({level for mode in report["modes"].values() for level in mode["accuracy"]} | {n for w in report["windows"].values() for n in w["accuracy"]})
+    print(f"\nshare of whole answers right, by {report['level']} (trained on {report['trained_levels'][0]} to {report['trained_levels'][-1]})")
+    print(f"{'':16s}" + "".join(f"{n:>7d}" for n in levels))
+    lines = dict(report["modes"]) | {f"window of {w}": v for w, v in report["windows"].items()}
+    if "plain" in report:
+        lines["plain GPT"] = report["plain"]
+    for name, line in lines.items():
+        print(f"{name:16s}" + "".join(f"{line['accuracy'][n]:7.3f}" if n in line["accuracy"] else f"{'-':>7s}" for n in levels))
+    if "policy" in report["modes"]:
+        line = report["modes"]["policy"]["thoughts_per_row"]
+        print(f"{'thoughts a row':16s}" + "".join(f"{line[n]:7.1f}" if n in line else f"{'-':>7s}" for n in levels))
+    if m := report.get("meaning"):
+        print(f"a thought tells {m['mutual_information']:.2f} of {m.get('label_entropy', 0):.2f} nats of the {m['label']}")
+
+
+def draw(report: dict, metrics: list[dict], path: Path) -> None:
+    """Four panels: accuracy by level, what thoughts mean, thoughts by level, and how it was learned."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    lines = dict(report["modes"])
+    if report["windows"]:
+        window = max(report["windows"])
+        lines[f"policy, window of {window} columns"] = report["windows"][window]
+    if "plain" in report:
+        lines["plain GPT"] = report["plain"]
+    for name, line in lines.items():
+        bold = name.startswith("policy")
+        a.plot([*line["accuracy"]], [*line["accuracy"].values()], label=name, marker="o", ms=4, lw=2.5 if bold else 1.2, ls="--" if "plain" in name else "-")
+    a.axvspan(report["trained_levels"][0], report["trained_levels"][-1], color="0.92", label="trained lengths")
+    a.set(xscale="log", ylim=(-0.02, 1.03), xlabel=report["level"], ylabel="answers right", title=report["task"])
+    a.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    a.legend(fontsize=8)
+    if m := report.get("meaning"):
+        counts = torch.tensor(m["counts"], dtype=torch.double)
+        order = sorted((k for k in range(len(counts)) if counts[k].sum() > 0), key=lambda k: (int(counts[k].argmax()), -int(counts[k].sum())))
+        if order:
+            b.imshow((counts / counts.sum(0).clamp(min=1)).T[:, order], aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        b.set_xticks(range(len(order)), order)
+        b.set_yticks(range(len(m["values"])), m["values"])
+        b.set(xlabel="thought", ylabel=m["label"], title=f"share of each thought, given the {m['label']}: {m['mutual_information']:.2f} of {m.get('label_entropy', 0):.2f} nats")
+    else:
+        b.axis("off")
+    if "policy" in report["modes"]:
+        line = report["modes"]["policy"]["thoughts_per_row"]
+        c.plot([*line], [*line.values()], marker="o", ms=4)
+        c.set(xscale="log", yscale="symlog", xlabel=report["level"], ylabel="thoughts a row", title="how much it thinks")
+    else:
+        c.axis("off")
+    checks = [m for m in metrics if "validation" in m]
+    for level in report["trained_levels"]:
+        d.plot([m["seconds"] for m in checks], [m["validation"].get(str(level)) for m in checks], label=str(level), color=plt.cm.viridis(level / max(report["trained_levels"])))
+    d.set(ylim=(-0.02, 1.03), xlabel="seconds", ylabel="validation rows right", title=f"learning, by {report['level']}")
+    d.legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(argv, ReportConfig)
+    config.device = pick_device(config.device)
+    report = make_report(config)
+    folder = Path(config.run)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    metrics = folder / "metrics.jsonl"
+    draw(report, [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else [], folder / "report.png")
+    print_table(report)
+    print(f"written: {folder / 'report.json'}, {folder / 'report.png'}")
+
+
+if __name__ == "__main__":
+    run(main, "report.py")

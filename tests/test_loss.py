@@ -1,0 +1,237 @@
+"""The loss, term by term: by hand, by finite difference of the hand-derived formula, by enumeration of all rollouts."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.dataset import Batch
+from model import Rollout, Thinking, rollout
+from train import (
+    Config, draw_cuts, echo, forgetting_mask, hybrid_loss, information, leave_one_out, policy_gradient, return_to_go, weighted, word_loss,
+)  # fmt: skip
+
+
+def roll_of(rows, real, V=5, length=None):
+    """A Rollout from streams written out: numbers below V are real tokens, the others thoughts."""
+    columns = max(map(len, rows))
+    real = torch.tensor(real)
+    length = torch.full((len(rows),), real.size(1)) if length is None else length
+    stream = torch.tensor([row + [0] * (columns - len(row)) for row in rows])
+    pointer = (stream < V).cumsum(1)
+    thinks = F.pad(stream[:, 1:] >= V, (0, 1))
+    valid = torch.arange(columns) < torch.tensor([[len(row)] for row in rows])
+    decides = valid & (stream < V) & (pointer < length[:, None])
+    return Rollout(stream, pointer.clamp(max=real.size(1)), decides, thinks, valid, real, length)
+
+
+def batch_of(roll, prompt):
+    return Batch(roll.real, roll.length, torch.full_like(roll.length, prompt), torch.zeros_like(roll.length))
+
+
+# ----------------------------------------------------------------------------------------------
+# forgetting
+
+
+def test_the_mask_by_hand():
+    mask = forgetting_mask(torch.tensor([2, 0]), 4).int().tolist()
+    assert mask[0][0] == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert mask[1][0] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_nothing_before_the_cut_is_felt_behind_it_except_through_the_cuts_thought(tiny):
+    model = tiny()
+    x = torch.tensor([[1, 6, 2, 7, 3, 4]])  # the cut is at thought 7, column 3
+    mask = forgetting_mask(torch.tensor([3]), 6)
+    before, thought = x.clone(), x.clone()
+    before[0, :3] = torch.tensor([4, 5, 0])
+    thought[0, 3] = 5
+    words = model(x, mask=mask).words[:, 3:]
+    assert torch.equal(model(before, mask=mask).words[:, 3:], words)
+    assert not torch.allclose(model(thought, mask=mask).words[:, 3:], words), "the thought is the carrier"
+
+
+def test_cuts_fall_on_thoughts_right_after_real_tokens_of_the_prompt():
+    # row 0: thoughts at columns 1, 2 (a run of two), 4 and 6; the prompt is 0 1 2, so the thought behind 2 (column 6) is too late
+    roll = roll_of([[0, 5, 6, 1, 5, 2, 7, 3], [0, 1, 2, 3]], [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]])
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.tensor([3, 3])
+    cuts = torch.stack([draw_cuts(roll, prompt, 1.0, 0.0, generator) for _ in range(50)])
+    assert set(cuts[:, 0].tolist()) == {1, 4} and set(cuts[:, 1].tolist()) == {0}, "no thought, no cut"
+    assert draw_cuts(roll, prompt, 1.0, 1.0, generator).tolist() == [4, 0], "the last one that may be"
+    assert draw_cuts(roll, prompt, 0.0, 0.0, generator).tolist() == [0, 0]
+
+
+# ----------------------------------------------------------------------------------------------
+# echo
+
+
+def test_the_echo_leaves_the_forward_value_alone(tiny):
+    model = tiny()
+    roll = roll_of([[0, 5, 1, 7, 2]], [[0, 1, 2, 3]])
+    thoughts = model(roll.stream).thoughts
+    torch.testing.assert_close(echo(model, roll, thoughts), model.embedding(roll.stream))
+
+
+def test_the_echos_gradient_is_the_straight_through_one(tiny):
+    """For a thought behind column c: d loss / d logits_k = scale * p_k * (E_k - sum_j p_j E_j) . g, g = d loss / d embedding at c + 1."""
+    model = tiny()
+    roll = roll_of([[0, 5, 1, 7, 2]], [[0, 1, 2, 3]])
+    logits = torch.randn(1, 5, 3, requires_grad=True)
+    x = echo(model, roll, logits, scale=2.0)
+    x.retain_grad()
+    (model(x).words ** 2).sum().backward()
+    E, p = model.embedding.weight[5:].detach(), logits.detach().softmax(-1)
+    for column in range(5):
+        expected = torch.zeros(3)
+        if roll.thinks[0, column]:
+            g = x.grad[0, column + 1]
+            expected = 2.0 * p[0, column] * (E @ g - (p[0, column] @ E) @ g)
+        torch.testing.assert_close(logits.grad[0, column], expected)
+
+
+# ----------------------------------------------------------------------------------------------
+# words, prices, baselines
+
+
+def test_words_are_charged_only_where_a_column_speaks_and_prompts_less():
+    roll = roll_of([[0, 5, 1, 2]], [[0, 1, 2, 3]])  # says 1 (from the thought), 2, 3
+    words = torch.zeros(1, 4, 5)
+    words[0, 3, 3] = 2.0
+    loss = word_loss(words, roll)
+    uniform, sharp = torch.log(torch.tensor(5.0)), torch.log(4 + torch.e**2 * torch.ones(())) - 2
+    torch.testing.assert_close(loss, torch.stack([torch.tensor(0.0), uniform, uniform, sharp])[None])
+    torch.testing.assert_close(weighted(loss, roll, torch.tensor([3]), 0.1), sharp + 0.1 * uniform)
+
+
+def test_return_to_go_and_price_by_hand():
+    roll = roll_of([[0, 5, 1, 6, 2]], [[0, 1, 2, 3]])
+    loss = torch.tensor([[0.0, 1.0, 0.0, 2.0, 4.0]])
+    # decided at column 0: two thoughts at 0.5 and all of the loss; at column 1 the first thought is already thought
+    assert return_to_go(loss, roll, 0.5).tolist() == [[-8.0, -7.5, -6.5, -6.0, -4.0]]
+
+
+def test_leave_one_out_by_hand():
+    # three rollouts of one row; returns at their first columns: 1, 2, 6 at the first real position, 3, 5, 4 at the second
+    roll = roll_of([[0, 1], [0, 5, 1], [0, 1]], [[0, 1, 2]] * 3)
+    returns = torch.tensor([[1.0, 3.0, 0.0], [2.0, 9.0, 5.0], [6.0, 4.0, 0.0]])
+    baseline = leave_one_out(returns, roll, 3)
+    assert baseline[0, :2].tolist() == [4.0, 4.5]
+    assert baseline[1].tolist() == [3.5, 3.5, 3.5], "a thought's column is compared with the others from the same real position on"
+    assert baseline[2, :2].tolist() == [1.5, 4.0]
+    assert leave_one_out(returns, roll, 1).abs().sum() == 0, "alone there is no baseline"
+
+
+# ----------------------------------------------------------------------------------------------
+# the policy gradient, against all rollouts there are
+
+
+def all_rollouts(model, real):
+    """Every rollout of one row with at most one thought between tokens -> list of streams."""
+    K, V, T = model.config.n_think, model.config.vocab_size, len(real)
+    choices = [None, *range(V, V + K)]
+    for between in itertools.product(choices, repeat=T - 1):
+        yield [token for r, z in zip(real, between) for token in ([r] if z is None else [r, z])]
+
+
+def log_probability(model, roll, gate_only=False):
+    """Of all that a rollout decided -> (gate actions (B,), thoughts (B,))."""
+    out = model(roll.stream)
+    gate = F.logsigmoid(torch.where(roll.thinks, out.gate, -out.gate)) * roll.decides
+    chosen = F.pad(roll.stream[:, 1:] - model.config.vocab_size, (0, 1)).clamp(min=0)
+    thought = out.thoughts.log_softmax(-1).gather(2, chosen[..., None])[..., 0] * roll.thinks
+    return gate, thought, out
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_policy_gradient_equals_exact_enumeration(tiny, grouped):
+    """The expectation of the estimator is the gradient of the expected loss plus price, with the leave-one-out baseline and without."""
+    model = tiny(1, vocab_size=3, n_think=2, n_layer=1, n_embd=8).double()
+    real, cost = [0, 1, 2], 0.3
+    weights = [model.gate.weight, model.gate.bias]
+    rolls = [roll_of([stream], [real], V=3) for stream in all_rollouts(model, real)]
+    probabilities, objective, returns = [], 0.0, []
+    for roll in rolls:
+        gate, thought, out = log_probability(model, roll)
+        probability = (gate.sum() + thought.sum().detach()).exp()  # thoughts' contents are another term's business
+        loss = word_loss(out.words, roll).detach()
+        objective = objective + probability * (loss.sum() + cost * roll.thinks.sum())
+        probabilities.append(probability.item())
+        returns.append(return_to_go(loss, roll, cost))
+    assert sum(probabilities) == pytest.approx(1)
+    exact = torch.autograd.grad(objective, weights, retain_graph=True)
+
+    actions = [log_probability(model, roll)[0] for roll in rolls]  # one graph, used for every pair
+
+    def estimate(index, advantage):
+        decides = rolls[index].decides
+        return policy_gradient(actions[index], advantage, decides) * decides.sum()
+
+    total = 0.0
+    if not grouped:
+        for i, (p, r) in enumerate(zip(probabilities, returns)):
+            total = total + p * estimate(i, r)
+    else:  # all pairs of rollouts, the second the baseline of the first
+        for i, j in itertools.product(range(len(rolls)), repeat=2):
+            r, s = returns[i], returns[j]
+            both = roll_of([rolls[i].stream[0].tolist(), rolls[j].stream[0].tolist()], [real, real], V=3)
+            padded = torch.zeros(both.stream.shape, dtype=torch.double)
+            padded[0, : r.size(1)], padded[1, : s.size(1)] = r[0], s[0]
+            baseline = leave_one_out(padded, both, 2)[:1, : r.size(1)]
+            total = total + probabilities[i] * probabilities[j] * estimate(i, r - baseline)
+    for found, wanted in zip(torch.autograd.grad(total, weights), exact):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_reinforce_on_thoughts_equals_exact_enumeration(tiny):
+    model = tiny(2, vocab_size=3, n_think=2, n_layer=1, n_embd=8).double()
+    weights = [model.head.weight, model.head.bias]
+    objective = total = 0.0
+    for stream in all_rollouts(model, [0, 1, 2]):
+        roll = roll_of([stream], [[0, 1, 2]], V=3)
+        gate, thought, out = log_probability(model, roll)
+        probability = (gate.sum().detach() + thought.sum()).exp()
+        loss = word_loss(out.words, roll).detach()
+        objective = objective + probability * loss.sum()
+        total = total + probability.item() * policy_gradient(thought, return_to_go(loss, roll, 0.0), roll.thinks) * roll.thinks.sum()
+    exact = torch.autograd.grad(objective, weights, retain_graph=True)
+    for found, wanted in zip(torch.autograd.grad(total, weights), exact):
+        torch.testing.assert_close(found, wanted)
+
+
+# ----------------------------------------------------------------------------------------------
+# information, and the whole
+
+
+def test_information_by_hand():
+    half = torch.tensor(2.0).log()
+    sure = torch.tensor([[50.0, 0.0], [0.0, 50.0]])  # two columns, each sure of another thought: ln 2 nats
+    torch.testing.assert_close(information(sure), half)
+    torch.testing.assert_close(information(torch.zeros(2, 2)), torch.tensor(0.0))  # never sure: none
+    torch.testing.assert_close(information(torch.tensor([[50.0, 0.0], [50.0, 0.0]])), torch.tensor(0.0))  # always the same: none
+    assert information(torch.zeros(0, 2)) == 0, "no thoughts, no information, no NaN"
+
+
+def test_a_plain_model_pays_cross_entropy_and_nothing_else(tiny):
+    model = tiny(n_think=0)
+    real = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+    length = torch.tensor([4, 4])
+    roll = rollout(model, real, length, length, Thinking())
+    loss, _ = hybrid_loss(model, roll, batch_of(roll, 1), Config(n_think=0), paid=False)
+    words = model(real[:, :-1]).words
+    torch.testing.assert_close(loss, F.cross_entropy(words.flatten(0, 1), real[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("thought_grad", ["echo", "reinforce"])
+@pytest.mark.parametrize("paid", [False, True])
+def test_who_gets_a_gradient(tiny, paid, thought_grad):
+    """Thoughts always learn; the gate learns in the paid phase only."""
+    model = tiny(4).train()
+    real = torch.randint(5, (8, 6), generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0)
+    length = torch.full((32,), 6)
+    roll = rollout(model, real, length, length, Thinking(), torch.Generator().manual_seed(0))
+    config = Config(n_think=3, thought_grad=thought_grad, rollouts=4, information=0.0)
+    hybrid_loss(model, roll, batch_of(roll, 4), config, paid, torch.Generator().manual_seed(0))[0].backward()
+    assert model.head.weight.grad[5:].abs().sum() > 0
+    assert (model.gate.weight.grad is not None) == paid

@@ -1,0 +1,209 @@
+"""The network and the rollout: every fast path against its slow, obvious twin."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from model import KVCache, Output, Thinking, generate, rollout
+
+
+def ids(model, rows=4, columns=9, seed=0):
+    total = model.config.vocab_size + model.config.n_think
+    return torch.randint(total, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("n_think", [0, 3])
+def test_one_column_at_a_time_equals_all_at_once(tiny, n_think):
+    model = tiny(n_think=n_think)
+    x = ids(model)
+    cache = KVCache(model.config, *x.shape)
+    steps = [model(x[:, c : c + 1], cache=cache) for c in range(x.size(1))]
+    for at_once, one_by_one in zip(model(x), zip(*steps)):
+        torch.testing.assert_close(torch.cat(one_by_one, dim=1), at_once)
+
+
+def test_a_prompt_fed_at_once_then_columns_equals_all_at_once(tiny):
+    model = tiny()
+    x = ids(model)
+    cache = KVCache(model.config, *x.shape)
+    model(x[:, :6], cache=cache)
+    torch.testing.assert_close(model(x[:, 6:7], cache=cache).words, model(x[:, :7]).words[:, 6:])
+
+
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_the_ring_cache_equals_a_banded_mask(tiny, window):
+    model = tiny()
+    x = ids(model, columns=12)
+    cache = KVCache(model.config, 4, 12, window)
+    words = torch.cat([model(x[:, c : c + 1], cache=cache).words for c in range(12)], dim=1)
+    c = torch.arange(12)
+    band = (c[:, None] >= c) & (c[:, None] - c < window)
+    torch.testing.assert_close(words, model(x, mask=band).words)
+    assert cache.keys.size(3) == min(window, 12), "memory is the window's"
+
+
+def test_only_distances_matter_to_rope_so_a_shifted_stream_reads_the_same(tiny):
+    model = tiny()
+    x = ids(model)
+    cut = 4
+    c = torch.arange(9)
+    mask = (c[:, None] >= c) & ((c >= cut) | (c[:, None] < cut))
+    torch.testing.assert_close(model(x, mask=mask).words[:, cut:], model(x[:, cut:]).words, atol=1e-4, rtol=1e-4)
+
+
+def test_without_thoughts_it_is_exactly_a_plain_gpt(tiny):
+    model = tiny(n_think=0)
+    assert not [name for name in model.state_dict() if "gate" in name] and model.head.out_features == 5
+    out = model(ids(model))
+    assert out.thoughts.shape == (4, 9, 0) and (out.gate == -torch.inf).all()
+    real = ids(model)
+    length = torch.full((4,), 9)
+    roll = rollout(model, real, length, length, Thinking())
+    assert torch.equal(roll.stream, real[:, :8]) and not roll.thinks.any()
+    assert torch.equal(roll.pointer, torch.arange(1, 9).expand(4, 8))
+
+
+def test_embeddings_in_place_of_ids_give_the_same_output(tiny):
+    model = tiny()
+    x = ids(model)
+    torch.testing.assert_close(model(model.embedding(x)).words, model(x).words)
+
+
+def test_the_gate_reads_the_trunk_but_sends_it_no_gradient(tiny):
+    model = tiny()
+    model(ids(model)).gate.sum().backward()
+    assert model.gate.weight.grad is not None and model.embedding.weight.grad is None
+
+
+# ----------------------------------------------------------------------------------------------
+# the rollout
+
+
+class Scripted(torch.nn.Module):
+    """Thinks behind the tokens it is told to, thought number token % K; always would say word 4."""
+
+    def __init__(self, thinks_behind):
+        super().__init__()
+        self.config = dataclasses.make_dataclass("Config", ["vocab_size", "n_think", "n_layer", "n_head", "n_embd"])(5, 3, 1, 1, 2)
+        self.thinks_behind = torch.tensor(thinks_behind)
+
+    def forward(self, x, mask=None, cache=None):
+        words = torch.nn.functional.one_hot(torch.full_like(x, 4), 5).float()
+        thoughts = torch.nn.functional.one_hot(x % 3, 3).float()
+        return Output(words, thoughts, torch.where(torch.isin(x, self.thinks_behind), 9.0, -9.0))
+
+
+def test_a_rollout_by_hand():
+    # rows 0 1 2 and 1 1: a thought behind every 1 (and, as max_run = 2, behind the thought 5 + 1 = 6 if told so)
+    real, length = torch.tensor([[0, 1, 2], [1, 1, 0]]), torch.tensor([3, 2])
+    roll = rollout(Scripted([1]), real, length, length, Thinking(greedy=True, max_run=1))
+    assert roll.stream.tolist() == [[0, 1, 6], [1, 6, 1]]  # column 3 of row 1 lies behind its end
+    assert roll.pointer.tolist() == [[1, 2, 2], [1, 1, 2]]
+    assert roll.thinks.tolist() == [[False, True, False], [True, False, False]]
+    assert roll.decides.tolist() == [[True, True, False], [True, False, False]]  # no choice behind a thought, nor at the end
+    assert roll.valid.tolist() == [[True, True, True], [True, True, False]]
+    assert roll.speaks.tolist() == [[True, False, True], [False, True, False]]
+
+
+def test_thoughts_in_a_row_stop_at_max_run_and_follow_only_what_they_may():
+    real, length = torch.tensor([[1, 1]]), torch.tensor([2])
+    chatty = Scripted([1, 5, 6, 7])
+    for run in (1, 2, 4):
+        roll = rollout(chatty, real, length, length, Thinking(greedy=True, max_run=run))
+        assert roll.thinks.sum() == run, "a model that would think for ever is stopped, and still speaks"
+    nowhere = Thinking(greedy=True, after=torch.tensor([True, False, True, True, True]))
+    assert not rollout(chatty, real, length, length, nowhere).thinks.any()
+
+
+def slow_rollout(model, real, given, length, thinking, generator=None):
+    """One row in plain Python, the whole prefix recomputed for every column -> stream, real tokens."""
+    real, stream, pointer, run = list(real), [int(real[0])], 1, 0
+    while pointer < length:
+        words, thoughts, gate = (y[:, -1] for y in model(torch.tensor([stream])))
+        if thinking.window:
+            c = torch.arange(len(stream))
+            band = (c[:, None] >= c) & (c[:, None] - c < thinking.window)
+            words, thoughts, gate = (y[:, -1] for y in model(torch.tensor([stream]), mask=band))
+        draw = lambda logits: int(torch.multinomial(logits.softmax(-1), 1, generator=generator))  # noqa: E731
+        think = bool(gate > 0) if thinking.greedy else bool(torch.rand(1, generator=generator) < gate.sigmoid())
+        think = think and run < thinking.max_run
+        word = int(real[pointer])
+        if pointer >= given:
+            word = int(words.argmax()) if thinking.greedy else draw(words)
+        thought = int(thoughts.argmax()) if thinking.greedy else draw(thoughts)
+        if think:
+            stream, run = stream + [model.config.vocab_size + thought], run + 1
+        else:
+            real[pointer], run, pointer = word, 0, pointer + 1
+            stream = stream + [word]
+    return stream[:-1], [int(token) for token in real]
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_batched_rollout_equals_row_by_row(tiny, seed, window):
+    model = tiny(seed)
+    real = torch.randint(5, (6, 7), generator=torch.Generator().manual_seed(seed))
+    given, length = torch.tensor([1, 2, 3, 4, 5, 3]), torch.tensor([7, 6, 7, 4, 5, 6])
+    thinking = Thinking(greedy=True, max_run=2, window=window)
+    roll = rollout(model, real, given, length, thinking)
+    for b in range(6):
+        stream, said = slow_rollout(model, real[b], given[b], length[b], thinking)
+        assert roll.stream[b][roll.valid[b]].tolist() == stream
+        assert roll.real[b].tolist() == said
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_sampled_rollout_equals_the_slow_one_draw_for_draw(tiny, seed):
+    model = tiny(seed)
+    real = torch.randint(5, (1, 8), generator=torch.Generator().manual_seed(seed))
+    given, length, thinking = torch.tensor([4]), torch.tensor([8]), Thinking(max_run=2)
+    roll = rollout(model, real, given, length, thinking, torch.Generator().manual_seed(7))
+    stream, said = slow_rollout(model, real[0], 4, 8, thinking, torch.Generator().manual_seed(7))
+    assert roll.stream[0].tolist() == stream and roll.real[0].tolist() == said
+
+
+@pytest.mark.parametrize("mode", ["random", "constant", "swapped"])
+def test_ablations_keep_the_rows_and_change_only_the_thoughts(mode):
+    real, length = torch.tensor([[0, 1, 2], [1, 1, 2], [2, 2, 2]]), torch.tensor([3, 3, 3])
+    policy = rollout(Scripted([0, 1, 2]), real, length, length, Thinking(greedy=True))
+    ablated = rollout(Scripted([0, 1, 2]), real, length, length, Thinking(mode, greedy=True, constant=2), torch.Generator().manual_seed(0))
+    assert torch.equal(ablated.thinks, policy.thinks) and torch.equal(ablated.real, policy.real)
+    thoughts = ablated.stream[:, 1::2] - 5
+    if mode == "constant":
+        assert (thoughts == 2).all()
+    if mode == "swapped":
+        assert torch.equal(thoughts, (policy.stream[:, 1::2] - 5).roll(1, dims=0))
+    if mode == "random":
+        assert not torch.equal(ablated.stream, policy.stream)
+    assert not rollout(Scripted([0, 1, 2]), real, length, length, Thinking("never")).thinks.any()
+
+
+# ----------------------------------------------------------------------------------------------
+# generate
+
+
+def test_generate_hides_every_thought_stops_and_is_repeatable(tiny):
+    model = tiny(3)
+    prompts = [[1], [2, 3, 4, 0], [0, 0]]
+    say = lambda seed: generate(model, prompts, 10, Thinking(max_run=3), torch.Generator().manual_seed(seed), stop=4)  # noqa: E731
+    answers, roll = say(1)
+    assert roll.thinks.any(), "this model thinks"
+    assert all(token < 4 for answer in answers for token in answer), "neither thoughts nor the stop token are said"
+    assert all(len(answer) == 10 or roll.real[b][roll.length[b] - 1] == 4 for b, answer in enumerate(answers))
+    assert say(1)[0] == answers and say(2)[0] != answers
+
+
+def test_a_row_generates_the_same_alone_and_in_company(tiny):
+    model, thinking = tiny(5), Thinking(greedy=True, max_run=2)
+    prompts = [[1], [2, 3, 4, 0], [0, 0]]
+    together, _ = generate(model, prompts, 6, thinking)
+    assert together == [generate(model, [prompt], 6, thinking)[0][0] for prompt in prompts]
+
+
+def test_top_k_and_temperature(tiny):
+    model = tiny()
+    draw = lambda **changes: generate(model, [[1]] * 50, 5, Thinking(mode="never", **changes), torch.Generator().manual_seed(0))[0]  # noqa: E731
+    greedy = draw(greedy=True)
+    assert draw(top_k=1) == greedy and draw(temperature=1e-4) == greedy and draw() != greedy

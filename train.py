@@ -1,0 +1,532 @@
+"""
+Train a GPT to think silently, from scratch: rollout, two parallel passes, hybrid loss, loop.
+
+  python train.py config/chain.toml                    the main job
+  python train.py config/chain.toml --think_cost=0.1   any value of `Config` can be changed
+  python train.py config/chain.toml --resume=true      go on where Ctrl-C stopped it
+
+Writes to `out`: checkpoint.pt, metrics.jsonl, config.json and, at the end, report.json and report.png (report.py).
+Not here: any task (tasks come from data/), the network (model.py), anything distributed.
+
+Glossary beside model.py's
+  pass 1    one parallel forward over the recorded streams, everything in view
+  pass 2    another, in which columns from the row's cut on see only columns from the cut on
+  cut       the column of a thought; what came before it is forgotten
+  price     think_cost, in nats a thought
+  nats      natural-log units of loss
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.dataset import Batch, DataError, Rows, Vocabulary, load_meta, load_rows
+from model import GPT, GPTConfig, Output, Rollout, Thinking, rollout
+
+# ----------------------------------------------------------------------------------------------
+# config
+
+
+@dataclass
+class Config:
+    data: str = "data/arithmetic"  # folder with meta.json, train.bin, val.bin
+    out: str = "out/chain"  # folder for everything that is written
+    plain: str = ""  # folder of a finished plain run, shown beside this one in the report
+    resume: bool = False  # go on from the checkpoint in `out`
+    seed: int = 1
+    device: str = "auto"  # auto | cpu | cuda | mps
+    threads: int = 0  # CPU threads, 0 for torch's choice
+    compile: bool = False  # torch.compile the two parallel passes
+    # the network
+    n_think: int = 16  # K, thoughts; 0 trains a plain GPT
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 64
+    dropout: float = 0.0
+    rope_base: float = 100.0
+    # optimisation
+    steps: int = 2500
+    batch_rows: int = 192  # rows a step; in the paid phase, rows times rollouts
+    lr: float = 1e-3
+    warmup: int = 100  # steps of linear warm-up
+    final_lr: float = 0.1  # cosine decay to this share of lr
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0  # gradient norm
+    prompt_weight: float = 0.1  # weight of the prompt's own tokens in the loss; the answer's is 1
+    curriculum: bool = True  # shortest levels first, the next when the longest is mastered
+    first_levels: int = 2  # levels in use at the start
+    mastered: float = 0.25  # nats a token of the answer (moving average) at which a level counts as mastered
+    # thoughts
+    max_run: int = 1  # thoughts in a row, at most
+    gate_init: float = 0.99  # probability of thinking as long as thoughts are free
+    thought_grad: str = "echo"  # echo | reinforce
+    echo_scale: float = 1.0
+    forget: float = 1.0  # share of rows that forget, while thoughts are free
+    forget_paid: float = 0.8  # the same, once they are paid
+    cut_last: float = 0.3  # share of cuts put as late as they can be, so that one thought must tell all
+    information: float = 0.1  # weight of the information that thoughts carry about where they are thought, in nats
+    split_every: int = 60  # steps between splits of an overused thought, while levels are still being added; 0 never
+    free: float = 0.6  # share of the steps in which thoughts are free and the gate is not trained
+    think_cost: float = 0.05  # price of a thought, in nats
+    gate_weight: float = 1.0  # weight of the gate's policy gradient
+    rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
+    # habits
+    eval_every: int = 250
+    eval_rows: int = 200  # validation rows a level
+    log_every: int = 50
+    save_every: int = 500
+    report: bool = True
+
+
+def parse_value(name: str, text, kind: type):
+    """A value from the command line or a TOML file as the field's type."""
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(text).lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise DataError(f"{name} = {text!r} is not a {kind.__name__}") from None
+
+
+def load_config(argv: list[str], kind=Config):
+    """[FILE.toml] [--key=value ...] -> kind. Raises DataError that names the nearest key for an unknown one."""
+    fields = {f.name: f.type for f in dataclasses.fields(kind)}
+    values = {}
+    for argument in argv:
+        if argument.startswith("--"):
+            name, equals, text = argument[2:].partition("=")
+            values[name] = text if equals else "true"
+            continue
+        try:
+            values |= tomllib.loads(Path(argument).read_text())
+        except OSError as error:
+            raise DataError(f"cannot read config {argument} ({error.strerror})") from None
+        except tomllib.TOMLDecodeError as error:
+            raise DataError(f"{argument} is not TOML: {error}") from None
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
+            raise DataError(f"there is no config key {name!r}; the nearest is {near!r}")
+    return kind(**{name: parse_value(name, value, fields[name]) for name, value in values.items()})
+
+
+def model_config(vocab_size: int, config: Config) -> GPTConfig:
+    shared = {f.name for f in dataclasses.fields(GPTConfig)} & {f.name for f in dataclasses.fields(Config)}
+    return GPTConfig(vocab_size, **{name: getattr(config, name) for name in shared})
+
+
+def pick_device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# ----------------------------------------------------------------------------------------------
+# forgetting and echo
+
+
+def draw_cuts(roll: Rollout, prompt: Tensor, forget: float, last: float, generator=None) -> Tensor:
+    """
+    -> (B,) the first column that stays in view, 0 where the row forgets nothing.
+
+    The cut falls right after a real token of the prompt (never its last one) that a thought follows, so that this thought
+    is the first thing in view. Any such place is as likely as another; a share `last` of the rows takes the last.
+    """
+    B, C = roll.stream.shape
+    column = torch.arange(C, device=roll.stream.device)
+    eligible = roll.thinks & roll.holds_real & (roll.pointer < prompt[:, None])
+    draw = lambda *shape: torch.rand(shape, generator=generator, device=roll.stream.device)  # noqa: E731
+    score = torch.where(draw(B, 1) < last, column / C, draw(B, C))
+    cut = score.masked_fill(~eligible, -1).argmax(dim=1) + 1
+    return torch.where(eligible.any(dim=1) & (draw(B) < forget), cut, 0)
+
+
+def forgetting_mask(cut: Tensor, columns: int) -> Tensor:
+    """(B,) cuts -> (B, 1, C, C), True where a query sees a key: causal, and from the cut on only columns from the cut on."""
+    column = torch.arange(columns, device=cut.device)
+    kept = column >= cut[:, None]  # (B, C)
+    causal = column[:, None] >= column
+    return (causal & (kept[:, None, :] | ~kept[:, :, None]))[:, None]
+
+
+def echo(model: GPT, roll: Rollout, thoughts: Tensor, scale: float = 1.0) -> Tensor:
+    """
+    Straight-through embeddings of the streams: E[z] + scale * (p - stop_gradient(p)) @ E_thoughts for a thought z, p = softmax of
+    the logits (B, C, K) that chose it in pass 1. The value is E[z]; backward, whatever is said later reaches those logits.
+    -> (B, C, n_embd). After Bengio et al. 2013, arXiv:1308.3432.
+    """
+    p = thoughts.softmax(dim=-1)
+    carry = (p - p.detach()) @ model.embedding.weight[model.config.vocab_size :].detach()  # all zeros
+    carry = torch.where(roll.thinks[..., None], scale * carry, 0)
+    return model.embedding(roll.stream) + F.pad(carry, (0, 0, 1, 0))[:, :-1]  # a thought stands one column behind its logits
+
+
+# ----------------------------------------------------------------------------------------------
+# the hybrid loss
+
+
+def word_loss(words: Tensor, roll: Rollout) -> Tensor:
+    """(B, C, V) -> (B, C): -log p(the next real token) in nats where a column speaks, 0 elsewhere."""
+    target = roll.real.gather(1, roll.pointer.clamp(max=roll.real.size(1) - 1))
+    loss = F.cross_entropy(words.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+    return loss * roll.speaks
+
+
+def weighted(loss: Tensor, roll: Rollout, prompt: Tensor, prompt_weight: float) -> Tensor:
+    """Mean (B, C) loss of the answers' tokens plus prompt_weight times that of the prompts' -> scalar."""
+    answer = roll.speaks & (roll.pointer >= prompt[:, None])
+    asked = roll.speaks & ~answer
+    return (loss * answer).sum() / answer.sum().clamp(min=1) + prompt_weight * (loss * asked).sum() / asked.sum().clamp(min=1)
+
+
+def return_to_go(loss: Tensor, roll: Rollout, think_cost: float) -> Tensor:
+    """(B, C): minus the loss of all real tokens said from this column on, minus the price of all thoughts decided from it on."""
+    reward = -loss - think_cost * roll.thinks
+    return reward.flip(1).cumsum(1).flip(1)
+
+
+def leave_one_out(returns: Tensor, roll: Rollout, rollouts: int) -> Tensor:
+    """
+    (B, C) baseline: the mean return-to-go of the other rollouts of the same row from the same real position on.
+    Rows stand in groups of `rollouts`. Zero where there is no other. After Kool et al. 2019 (RLOO).
+    """
+    B, T = roll.real.shape
+    first = roll.holds_real & roll.valid
+    at = returns.new_zeros(B, T + 1).scatter_add(1, roll.pointer, returns * first)  # by real position
+    groups = at.view(-1, rollouts, T + 1)
+    others = (groups.sum(1, keepdim=True) - groups) / max(1, rollouts - 1)
+    return others.view(B, T + 1).gather(1, roll.pointer)
+
+
+def policy_gradient(log_probability: Tensor, advantage: Tensor, where: Tensor) -> Tensor:
+    """REINFORCE: minus the mean of advantage times log-probability of what was done, over the columns `where` -> scalar."""
+    return -(advantage.detach() * log_probability * where).sum() / where.sum().clamp(min=1)
+
+
+def information(thoughts: Tensor) -> Tensor:
+    """
+    Logits (N, K) at the N columns that think -> nats: H(mean p) - H(p), the mutual information of a thought and its column.
+
+    Rewarding it makes each thought decisive and all of them used, so that no two values share one. What they are used *for* is left
+    to the echo. After Krause et al. 2010 (regularised information maximisation).
+    """
+    if len(thoughts) == 0:
+        return thoughts.sum()
+    p = thoughts.softmax(dim=-1)
+    mean = p.mean(dim=0)
+    return torch.xlogy(p, p).sum(dim=-1).mean() - torch.xlogy(mean, mean).sum()
+
+
+def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: bool, generator=None) -> tuple[Tensor, dict]:
+    """All of a training step but the rollout and the optimiser -> loss, {name: number} for the log."""
+    full = model(roll.stream)  # pass 1
+    loss_full = word_loss(full.words, roll)
+    loss = weighted(loss_full, roll, batch.prompt, config.prompt_weight)
+    answer = roll.speaks & (roll.pointer >= batch.prompt[:, None])
+    with torch.no_grad():
+        row_loss = (loss_full * answer).sum(1) / answer.sum(1).clamp(min=1)  # (B,) nats a token of the answer
+        hits = (full.words.argmax(-1) == roll.real.gather(1, roll.pointer.clamp(max=roll.real.size(1) - 1))) | ~answer
+        log = {"loss": loss.item(), "row_loss": row_loss, "accuracy": hits.all(1).float().mean().item()}
+    if model.config.n_think == 0:
+        return loss, log
+
+    is_echo = config.thought_grad == "echo"
+    cut = draw_cuts(roll, batch.prompt, config.forget_paid if paid else config.forget, config.cut_last, generator)
+    if is_echo or cut.any():  # pass 2
+        x = echo(model, roll, full.thoughts, config.echo_scale) if is_echo else roll.stream
+        kept = model(x, mask=forgetting_mask(cut, x.size(1)))
+        loss_kept = weighted(word_loss(kept.words, roll), roll, batch.prompt, config.prompt_weight)
+        loss = loss + loss_kept
+        log["loss_forgotten"] = loss_kept.item()
+    loss = loss - config.information * information(full.thoughts[roll.thinks])
+
+    if paid or not is_echo:
+        weight = torch.where(answer, 1.0, config.prompt_weight)
+        rewards = loss_full.detach() if is_echo else word_loss(kept.words, roll).detach()
+        returns = return_to_go(rewards * weight, roll, config.think_cost if paid else 0.0)
+        advantage = returns - leave_one_out(returns, roll, config.rollouts)
+        if paid:
+            action = F.logsigmoid(torch.where(roll.thinks, full.gate, -full.gate))
+            loss = loss + config.gate_weight * policy_gradient(action, advantage, roll.decides)
+        if not is_echo:
+            chosen = F.pad(roll.stream[:, 1:] - model.config.vocab_size, (0, 1)).clamp(min=0)  # the thought that follows a column
+            action = full.thoughts.log_softmax(-1).gather(2, chosen[..., None])[..., 0]
+            loss = loss + policy_gradient(action, advantage, roll.thinks)
+    return loss, log
+
+
+# ----------------------------------------------------------------------------------------------
+# splitting an overused thought
+
+
+@torch.no_grad()
+def split_thought(model: GPT, optimiser: torch.optim.Optimizer, usage: Tensor, generator=None) -> bool:
+    """
+    If the least used thought has under 1% of the uses (K,), make it a noisy copy of the most used one, so that two values which
+    share a thought can part. As Linde, Buzo & Gray (1980) split a crowded code; moments of the copied rows are reset.
+    """
+    dead, top = int(usage.argmin()), int(usage.argmax())
+    if usage[dead] >= 0.01:
+        return False
+    V = model.config.vocab_size
+    for weight in (model.embedding.weight, model.head.weight):
+        noise = 0.3 * weight[V + top].std() * torch.randn(2, weight.size(1), generator=generator).to(weight.device)
+        weight[V + dead] = weight[V + top] + noise[0]
+        weight[V + top] += noise[1]
+    model.head.bias[V + dead] = model.head.bias[V + top]
+    for weight in (model.embedding.weight, model.head.weight, model.head.bias):
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in optimiser.state[weight]:
+                optimiser.state[weight][name][V + dead] = 0
+    usage[dead] = usage[top] = usage[top] / 2
+    return True
+
+
+# ----------------------------------------------------------------------------------------------
+# evaluation
+
+
+def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None) -> tuple[Rollout, Tensor]:
+    """The model answers a batch's prompts by itself -> the rollout, (B,) bool: the whole answer is right."""
+    model.eval()
+    roll = rollout(model, batch.real, batch.prompt, batch.length, thinking, generator)
+    model.train()
+    return roll, (roll.real == batch.real).all(dim=1)
+
+
+# ----------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Written beside and renamed: a reader, or a crash midway, finds the old file or the new one, never a part."""
+    temporary = path.with_suffix(".partial")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(folder: str, device="cpu") -> dict:
+    path = Path(folder) / "checkpoint.pt"
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"there is no checkpoint in {folder}: train first") from None
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or not ours") from None
+
+
+def load_weights(model: GPT, weights: dict) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split(":", 1)[-1].split())
+        raise DataError(f"the checkpoint is of another shape than the config asks for: {detail}") from None
+
+
+def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]:
+    """A trained model from its checkpoint alone -> model in evaluation mode, vocabulary, the checkpoint."""
+    state = load_checkpoint(folder, device)
+    model = GPT(model_config(len(state["meta"]["vocab"]), Config(**state["config"]))).to(device)
+    load_weights(model, state["model"])
+    return model.eval(), Vocabulary(state["meta"]), state
+
+
+# ----------------------------------------------------------------------------------------------
+# the loop
+
+
+class Trainer:
+    def __init__(self, config: Config):
+        self.config, self.device = config, pick_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.meta = load_meta(config.data)
+        self.vocabulary = Vocabulary(self.meta)
+        self.train_rows, self.val_rows = (load_rows(config.data, split, self.vocabulary) for split in ("train", "val"))
+        torch.manual_seed(config.seed)
+        self.model = GPT(model_config(len(self.meta["vocab"]), config)).to(self.device)
+        self.optimiser = self.model.optimiser(config.lr, config.weight_decay, (config.beta1, config.beta2))
+        self.generator = torch.Generator().manual_seed(config.seed)  # rows
+        self.noise = torch.Generator(self.device).manual_seed(config.seed)  # rollouts, cuts
+        self.thinking = Thinking(max_run=config.max_run, after=self.vocabulary.think_after())
+        self.step, self.seconds = 0, 0.0
+        self.reached = min(config.first_levels, len(self.train_rows.levels)) if config.curriculum else len(self.train_rows.levels)  # levels in use
+        self.average = 2.0  # moving average of the loss of the longest level in use
+        self.usage = torch.ones(config.n_think) / max(1, config.n_think)
+
+    def lr(self) -> float:
+        c, done = self.config, self.step / self.config.steps
+        return c.lr * min(1, (self.step + 1) / c.warmup) * (c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    @property
+    def paid(self) -> bool:
+        return self.step >= self.config.free * self.config.steps and self.config.n_think > 0
+
+    def train_step(self) -> dict:
+        c = self.config
+        several = c.rollouts if c.n_think and (self.paid or c.thought_grad == "reinforce") else 1
+        levels = self.train_rows.levels[: self.reached]
+        batch = self.train_rows.draw(c.batch_rows // several, levels, self.generator).to(self.device).repeat(several)
+        roll = rollout(self.model, batch.real, batch.length, batch.length, self.thinking, self.noise)
+        loss, log = hybrid_loss(self.model, roll, batch, c, self.paid, self.noise)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; a lower --lr or a smaller --clip may help")
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr()
+        self.optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        self.optimiser.step()
+        log |= {"step": self.step, "paid": self.paid, "level": levels[-1], "thoughts_per_token": (roll.thinks.sum() / roll.speaks.sum()).item()}
+        log["columns"] = roll.valid.sum().item()
+        self.grow(batch, log.pop("row_loss"))
+        if c.n_think:
+            self.split(roll)
+        self.step += 1
+        return log
+
+    def grow(self, batch: Batch, row_loss: Tensor) -> None:
+        """Add the next level once the longest one in use is mastered."""
+        longest = batch.level == self.train_rows.levels[self.reached - 1]
+        if longest.any():
+            self.average += 0.1 * (row_loss[longest].mean().item() - self.average)
+        if self.average < self.config.mastered and self.reached < len(self.train_rows.levels):
+            self.reached, self.average = self.reached + 1, 1.0
+
+    def split(self, roll: Rollout) -> None:
+        used = torch.bincount(roll.stream[:, 1:][roll.thinks[:, :-1]].cpu() - self.model.config.vocab_size, minlength=self.config.n_think)
+        self.usage += 0.05 * (used / used.sum().clamp(min=1) - self.usage)
+        growing = self.reached < len(self.train_rows.levels)
+        if self.config.split_every and growing and self.step % self.config.split_every == self.config.split_every - 1:
+            split_thought(self.model, self.optimiser, self.usage, self.generator)
+
+    def validate(self) -> dict:
+        """{level: share of validation rows answered right}, greedy, with its own chance."""
+        own, accuracy = torch.Generator(self.device).manual_seed(0), {}
+        for level in self.val_rows.levels:
+            batch = self.val_rows.first(self.config.eval_rows, level).to(self.device)
+            thinking = dataclasses.replace(self.thinking, greedy=True)
+            accuracy[level] = round(evaluate(self.model, batch, thinking, own)[1].float().mean().item(), 4)
+        return accuracy
+
+    # everything that a resumed run needs to equal one that was never stopped
+    def state(self) -> dict:
+        return {
+            "config": dataclasses.asdict(self.config),
+            "meta": self.meta,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "progress": {"step": self.step, "seconds": self.seconds, "reached": self.reached, "average": self.average},
+            "usage": self.usage,
+            "random": [self.generator.get_state(), self.noise.get_state(), torch.get_rng_state()],
+        }
+
+    def load_state(self, state: dict) -> None:
+        if state["meta"] != self.meta:
+            raise DataError(f"the checkpoint was trained on other data ({state['meta']['task']}) than {self.config.data} holds now")
+        load_weights(self.model, state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
+        self.usage = state["usage"].cpu()
+        self.generator.set_state(state["random"][0].cpu())
+        self.noise.set_state(state["random"][1].cpu())
+        torch.set_rng_state(state["random"][2].cpu())
+
+
+def progress_line(log: dict, config: Config, tokens_per_second: float, seconds_left: float) -> str:
+    phase = "" if not config.n_think else "  paid" if log["paid"] else "  free"
+    return (
+        f"step {log['step']:5d}{phase}  level {log['level']:2d}  loss {log['loss']:.3f}  accuracy {log['accuracy']:.2f}  "
+        f"thoughts/token {log['thoughts_per_token']:.2f}  {tokens_per_second:,.0f} tokens/s  {seconds_left:.0f} s left"
+    )
+
+
+def train(trainer: Trainer) -> bool:
+    """The loop -> False if Ctrl-C ended it early."""
+    config, out = trainer.config, Path(trainer.config.out)
+    stop = []
+    former = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    started, mark, columns = time.monotonic() - trainer.seconds, (time.monotonic(), trainer.step), 0
+    with open(out / "metrics.jsonl", "a", buffering=1) as metrics:
+        while trainer.step < config.steps and not stop:
+            log = trainer.train_step()
+            trainer.seconds = time.monotonic() - started
+            columns += log.pop("columns")
+            last = trainer.step == config.steps
+            if trainer.step % config.log_every == 0 or last:
+                now, steps = time.monotonic(), trainer.step - mark[1]
+                rate, left = columns / (now - mark[0]), (now - mark[0]) / steps * (config.steps - trainer.step)
+                print(progress_line(log, config, rate, left), flush=True)
+                if trainer.step % config.eval_every == 0 or last:
+                    log["validation"] = trainer.validate()
+                    print("  validation by level: " + "  ".join(f"{k}: {a:.3f}" for k, a in log["validation"].items()), flush=True)
+                metrics.write(json.dumps(log | {"seconds": round(trainer.seconds, 2), "tokens_per_second": round(rate)}) + "\n")
+                mark, columns = (time.monotonic(), trainer.step), 0
+            if trainer.step % config.save_every == 0 or last or stop:
+                save_checkpoint(out / "checkpoint.pt", trainer.state())
+    for number, handler in former.items():
+        signal.signal(number, handler)
+    return trainer.step == config.steps
+
+
+def prepare_out(trainer: Trainer) -> None:
+    """Resume from what lies in `out`, or move it aside: no run overwrites another's checkpoint."""
+    config, out = trainer.config, Path(trainer.config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = out / "metrics.jsonl"
+    if config.resume:
+        trainer.load_state(load_checkpoint(config.out, trainer.device))
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        metrics.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] < trainer.step))
+        print(f"resumed {out} at step {trainer.step}")
+    else:
+        if (out / "checkpoint.pt").exists():
+            os.replace(out / "checkpoint.pt", out / "checkpoint.previous.pt")
+            print(f"{out} held a checkpoint: moved to checkpoint.previous.pt")
+        metrics.unlink(missing_ok=True)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(argv)
+    trainer = Trainer(config)
+    prepare_out(trainer)
+    count = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{trainer.meta['task']}; {count:,} parameters, {config.n_layer} layers, {config.n_think} thoughts; {trainer.device}, {torch.get_num_threads()} threads")
+    if not train(trainer):
+        sys.exit(f"stopped at step {trainer.step} and saved; go on with: python train.py {' '.join(argv)} --resume=true")
+    print(f"trained in {trainer.seconds:.0f} s; saved {config.out}/checkpoint.pt", flush=True)
+    if config.report:
+        import report
+
+        report.main([f"--run={config.out}", f"--plain={config.plain}"])
+
+
+def run(entry, name: str) -> None:
+    """Call a main with the command line; what the user can mend becomes one sentence and exit code 1."""
+    try:
+        entry(sys.argv[1:])
+    except (DataError, FloatingPointError) as error:
+        sys.exit(f"{name}: {error}")
+
+
+if __name__ == "__main__":
+    run(main, "train.py")
