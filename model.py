@@ -273,6 +273,12 @@ def think_now(gate: Tensor, thinking: Thinking, generator=None) -> Tensor:
     return torch.rand(gate.shape, generator=generator, device=gate.device) < gate.sigmoid()
 
 
+def draw(logits: Tensor, generator=None) -> Tensor:
+    """A draw from the softmax of (B, N) logits -> (B,), by the Gumbel-max trick (Gumbel 1954)."""
+    exponential = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - exponential.log()).argmax(dim=-1)
+
+
 def choose(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
     """(B, V) word logits -> (B,) ids: the likeliest, or a draw at a temperature among the top k."""
     if thinking.greedy:
@@ -280,7 +286,7 @@ def choose(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
     if thinking.top_k:
         kth = logits.topk(min(thinking.top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    return torch.multinomial((logits / thinking.temperature).softmax(dim=-1), 1, generator=generator)[:, 0]
+    return draw(logits / thinking.temperature, generator)
 
 
 def choose_thought(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
@@ -290,7 +296,7 @@ def choose_thought(logits: Tensor, thinking: Thinking, generator=None) -> Tensor
         return torch.randint(K, (B,), generator=generator, device=logits.device)
     if thinking.mode == "constant":
         return torch.full((B,), thinking.constant, device=logits.device)
-    thought = logits.argmax(dim=-1) if thinking.greedy else torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    thought = logits.argmax(dim=-1) if thinking.greedy else draw(logits, generator)
     return thought.roll(1) if thinking.mode == "swapped" else thought
 
 

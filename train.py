@@ -66,9 +66,8 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0  # gradient norm
-    prompt_weight: float = 0.1  # weight of the prompt's own tokens in the loss; the answer's is 1
+    prompt_weight: float = 0.01  # weight of the prompt's own tokens in the loss; the answer's is 1
     curriculum: bool = True  # shortest levels first, the next when the longest is mastered
-    first_levels: int = 2  # levels in use at the start
     mastered: float = 0.25  # nats a token of the answer (moving average) at which a level counts as mastered
     # thoughts
     max_run: int = 1  # thoughts in a row, at most
@@ -78,7 +77,7 @@ class Config:
     forget: float = 1.0  # share of rows that forget, while thoughts are free
     forget_paid: float = 0.8  # the same, once they are paid
     cut_last: float = 0.3  # share of cuts put as late as they can be, so that one thought must tell all
-    information: float = 0.1  # weight of the information that thoughts carry about where they are thought, in nats
+    information: float = 0.05  # weight of the information that thoughts carry about where they are thought, in nats
     split_every: int = 60  # steps between splits of an overused thought, while levels are still being added; 0 never
     free: float = 0.6  # share of the steps in which thoughts are free and the gate is not trained
     think_cost: float = 0.05  # price of a thought, in nats
@@ -249,9 +248,11 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
     if is_echo or cut.any():  # pass 2
         x = echo(model, roll, full.thoughts, config.echo_scale) if is_echo else roll.stream
         kept = model(x, mask=forgetting_mask(cut, x.size(1)))
-        loss_kept = weighted(word_loss(kept.words, roll), roll, batch.prompt, config.prompt_weight)
-        loss = loss + loss_kept
-        log["loss_forgotten"] = loss_kept.item()
+        loss_kept = word_loss(kept.words, roll)
+        mean_kept = weighted(loss_kept, roll, batch.prompt, config.prompt_weight)
+        loss = loss + mean_kept
+        log["loss_forgotten"] = mean_kept.item()
+        log["row_loss"] = (loss_kept.detach() * answer).sum(1) / answer.sum(1).clamp(min=1)
     loss = loss - config.information * information(full.thoughts[roll.thinks])
 
     if paid or not is_echo:
@@ -355,6 +356,8 @@ def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]
 class Trainer:
     def __init__(self, config: Config):
         self.config, self.device = config, pick_device(config.device)
+        if config.thought_grad not in ("echo", "reinforce"):
+            raise DataError(f"thought_grad = {config.thought_grad!r} is neither echo nor reinforce")
         if config.threads:
             torch.set_num_threads(config.threads)
         self.meta = load_meta(config.data)
@@ -367,7 +370,7 @@ class Trainer:
         self.noise = torch.Generator(self.device).manual_seed(config.seed)  # rollouts, cuts
         self.thinking = Thinking(max_run=config.max_run, after=self.vocabulary.think_after())
         self.step, self.seconds = 0, 0.0
-        self.reached = min(config.first_levels, len(self.train_rows.levels)) if config.curriculum else len(self.train_rows.levels)  # levels in use
+        self.reached = 1 if config.curriculum else len(self.train_rows.levels)  # levels in use
         self.average = 2.0  # moving average of the loss of the longest level in use
         self.usage = torch.ones(config.n_think) / max(1, config.n_think)
 

@@ -125,8 +125,9 @@ class Vocabulary:
                 if (token := text[at : at + size]) in self.index:
                     break
             else:
-                known = " ".join(repr(t)[1:-1] for t in self.tokens)
-                raise DataError(f"{text[at]!r} in {text!r} (character {at + 1}) is not in the vocabulary: {known}")
+                known, characters = " ".join(repr(t)[1:-1] for t in self.tokens), "".join(self.tokens)
+                bad = next((i for i in range(at, min(at + self.longest, len(text))) if text[i] not in characters), at)
+                raise DataError(f"{text[bad]!r} in {text!r} (character {bad + 1}) does not fit the vocabulary: {known}")
             ids.append(self.index[token])
             at += len(token)
         return ids

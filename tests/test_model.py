@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from model import KVCache, Output, Thinking, generate, rollout
+from model import KVCache, Output, Thinking, draw, generate, rollout
 
 
 def ids(model, rows=4, columns=9, seed=0):
@@ -125,7 +125,7 @@ def slow_rollout(model, real, given, length, thinking, generator=None):
             c = torch.arange(len(stream))
             band = (c[:, None] >= c) & (c[:, None] - c < thinking.window)
             words, thoughts, gate = (y[:, -1] for y in model(torch.tensor([stream]), mask=band))
-        draw = lambda logits: int(torch.multinomial(logits.softmax(-1), 1, generator=generator))  # noqa: E731
+        draw = lambda logits: int((logits - torch.empty(logits.shape).exponential_(generator=generator).log()).argmax())  # noqa: E731
         think = bool(gate > 0) if thinking.greedy else bool(torch.rand(1, generator=generator) < gate.sigmoid())
         think = think and run < thinking.max_run
         word = int(real[pointer])
@@ -202,8 +202,14 @@ def test_a_row_generates_the_same_alone_and_in_company(tiny):
     assert together == [generate(model, [prompt], 6, thinking)[0][0] for prompt in prompts]
 
 
+def test_draws_follow_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, -2.0]]).expand(20_000, 3)
+    share = torch.bincount(draw(logits, torch.Generator().manual_seed(0)), minlength=3) / 20_000
+    torch.testing.assert_close(share, logits[0].softmax(0), atol=0.01, rtol=0)
+
+
 def test_top_k_and_temperature(tiny):
     model = tiny()
-    draw = lambda **changes: generate(model, [[1]] * 50, 5, Thinking(mode="never", **changes), torch.Generator().manual_seed(0))[0]  # noqa: E731
-    greedy = draw(greedy=True)
-    assert draw(top_k=1) == greedy and draw(temperature=1e-4) == greedy and draw() != greedy
+    say = lambda **changes: generate(model, [[1]] * 50, 5, Thinking(mode="never", **changes), torch.Generator().manual_seed(0))[0]  # noqa: E731
+    greedy = say(greedy=True)
+    assert say(top_k=1) == greedy and say(temperature=1e-4) == greedy and say() != greedy

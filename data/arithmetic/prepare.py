@@ -152,6 +152,9 @@ def main(argv=None) -> None:
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         for name, rows in {"train": train, "val": val, "test": test}.items():
+            if not rows:
+                (out / f"{name}.bin").unlink(missing_ok=True)
+                continue
             ids = [i for row, _ in rows for i in vocabulary.encode(row + "\n")]
             write_bin(out / f"{name}.bin", ids, [level for _, level in rows])
             print(f"{name}.bin: {len(rows):,} rows, {len(ids):,} tokens")

@@ -1,0 +1,184 @@
+"""The loop around the loss: resume, interruption, curriculum, splitting, the report, and the claim itself in a minute."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, call
+
+import train
+from model import Thinking, generate
+from report import mutual_information
+from train import Config, Trainer, evaluate, load_checkpoint, save_checkpoint, split_thought
+
+
+def small(chains, tmp_path, **changes):
+    defaults = dict(data=str(chains), out=str(tmp_path), n_layer=1, n_embd=32, n_think=6, batch_rows=24, steps=20, warmup=2, eval_rows=20, device="cpu")
+    return Config(**(defaults | changes))
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_think": 0}, {"thought_grad": "reinforce", "dropout": 0.1}])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(chains, tmp_path, changes):
+    config = small(chains, tmp_path, free=0.4, split_every=3, **changes)  # the cut at step 6 lies in the free phase, the end in the paid one
+    whole = Trainer(config)
+    for _ in range(14):
+        whole.train_step()
+        whole.validate()  # evaluation must not draw from training's chance
+    first = Trainer(config)
+    for _ in range(6):
+        first.train_step()
+    save_checkpoint(tmp_path / "checkpoint.pt", first.state())
+    second = Trainer(config)
+    second.load_state(load_checkpoint(tmp_path))
+    for _ in range(8):
+        second.train_step()
+    assert same(second.state(), whole.state())
+
+
+def test_a_checkpoint_write_killed_midway_leaves_the_old_one_readable(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"step": 1})
+
+    def killed(state, file):
+        file.write(b"half a checkpoint")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(tmp_path) == {"step": 1}
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(chains, tmp_path):
+    options = [f"--{k}={v}" for k, v in dataclasses.asdict(small(chains, tmp_path, steps=100_000, log_every=5)).items()]
+    process = subprocess.Popen([sys.executable, "train.py", *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("step"):
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 1 and "--resume=true" in message and "Traceback" not in message
+    step = load_checkpoint(tmp_path)["progress"]["step"]
+    trainer = Trainer(small(chains, tmp_path, resume=True))
+    train.prepare_out(trainer)
+    assert trainer.step == step > 0
+    assert all(json.loads(line)["step"] < step for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_second_run_does_not_overwrite_the_first_ones_checkpoint(chains, tmp_path):
+    save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1})
+    train.prepare_out(Trainer(small(chains, tmp_path)))
+    assert torch.load(tmp_path / "checkpoint.previous.pt", weights_only=True) == {"step": 1}
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(chains, tmp_path):
+    trainer = Trainer(small(chains, tmp_path))
+    with torch.no_grad():
+        trainer.model.embedding.weight.fill_(float("nan"))
+    with pytest.raises((FloatingPointError, RuntimeError)):
+        trainer.train_step()
+
+
+def test_the_next_level_comes_when_the_longest_is_mastered(chains, tmp_path):
+    trainer = Trainer(small(chains, tmp_path))
+    batch = trainer.train_rows.draw(10, [1, 2], torch.Generator().manual_seed(0))
+    trainer.reached = 2
+    for _ in range(60):
+        trainer.grow(batch, torch.where(batch.level == 1, 0.0, 0.5))
+    assert trainer.reached == 2, "short rows do not count"
+    for _ in range(60):
+        trainer.grow(batch, torch.full((10,), 0.01))
+    assert trainer.reached == 3
+
+
+def test_splitting_copies_the_crowded_thought_over_the_unused_one(tiny):
+    model = tiny()
+    optimiser = model.optimiser(1e-3, 0.0, (0.9, 0.95))
+    before = model.embedding.weight.detach().clone()
+    assert not split_thought(model, optimiser, torch.tensor([0.5, 0.3, 0.2]))
+    assert torch.equal(model.embedding.weight, before)
+    usage = torch.tensor([0.8, 0.2, 0.0])
+    assert split_thought(model, optimiser, usage, torch.Generator().manual_seed(0))
+    moved = (model.embedding.weight - before).norm(dim=1)
+    assert (moved[:5] == 0).all() and moved[6] == 0, "real tokens and the other thought stay"
+    near = lambda a, b: (a - b).norm() < 0.8 * b.norm()  # noqa: E731
+    assert near(model.embedding.weight[7], before[5]) and not torch.equal(model.embedding.weight[7], model.embedding.weight[5])
+    torch.testing.assert_close(usage, torch.tensor([0.4, 0.2, 0.4]))
+
+
+# ----------------------------------------------------------------------------------------------
+# evaluation and report
+
+
+def test_evaluation_agrees_with_what_generate_says(chains, tmp_path):
+    trainer = Trainer(small(chains, tmp_path))
+    batch = trainer.val_rows.first(30, 3)
+    thinking = Thinking(greedy=True)
+    _, right = evaluate(trainer.model, batch, thinking)
+    prompts = [row[:n].tolist() for row, n in zip(batch.real, batch.prompt)]
+    answers, _ = generate(trainer.model, prompts, 2, thinking, stop=trainer.vocabulary.row_end)
+    truth = [row[p : n - 1].tolist() for row, p, n in zip(batch.real, batch.prompt, batch.length)]
+    assert [a == t for a, t in zip(answers, truth)] == right.tolist()
+
+
+def test_mutual_information_by_hand():
+    ln2 = torch.tensor(2.0).log().item()
+    assert mutual_information(torch.tensor([[5, 0], [0, 5]])) == pytest.approx(ln2)
+    assert mutual_information(torch.tensor([[5, 5], [5, 5]])) == pytest.approx(0)
+    assert mutual_information(torch.tensor([[2, 0], [2, 0], [0, 4]])) == pytest.approx(ln2), "two thoughts for one value lose nothing"
+
+
+def test_train_report_and_sample_as_a_person_runs_them(chains, tmp_path):
+    plain, thinking = tmp_path / "plain", tmp_path / "thinking"
+    common = [f"--data={chains}", "--steps=6", "--n_layer=1", "--n_embd=16", "--n_head=2", "--batch_rows=16", "--log_every=2", "--eval_every=4", "--device=cpu"]
+    call("train.py", *common, "--n_think=0", f"--out={plain}", check=True)
+    done = call("train.py", *common, "--n_think=4", f"--out={thinking}", f"--plain={plain}", check=True)
+    assert "thoughts/token" in done.stdout and "swapped" in done.stdout
+    report = json.loads((thinking / "report.json").read_text())
+    assert {"task", "seed", "steps", "seconds", "params", "modes", "plain", "windows", "meaning"} <= report.keys()
+    assert set(report["modes"]) == {"policy", "never", "random", "constant", "swapped"}
+    assert set(report["modes"]["policy"]["accuracy"]) == {"1", "2", "3", "4", "5", "6", "7", "8", "12", "16", "24", "32", "64", "128"}
+    assert "1024" in report["windows"]["8"]["accuracy"], "the longest are followed in a window"
+    assert (thinking / "report.png").read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in (thinking / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3, 5] and "validation" in lines[-1]
+
+    hidden = call("sample.py", f"--run={thinking}", "1+1=", "2*2+1=", check=True).stdout
+    assert hidden.startswith("1+1=") and "[" not in hidden
+    shown = call("sample.py", f"--run={thinking}", "--show_thoughts", "1+1=", check=True).stdout
+    assert "[" in shown
+    draws = [call("sample.py", f"--run={thinking}", "--greedy=false", "--samples=4", f"--seed={s}", check=True, input="1+1=\n2*2=\n").stdout for s in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+# ----------------------------------------------------------------------------------------------
+# the claim
+
+
+def test_thoughts_learn_to_carry_the_running_value_and_nothing_else_does(chains, tmp_path):
+    """A one-layer model learns chains of two operations from scratch; without its thoughts, or with others', it does not know."""
+    torch.manual_seed(0)
+    trainer = Trainer(small(chains, tmp_path, n_embd=64, n_think=12, batch_rows=128, steps=600, warmup=50, free=1.0, seed=1))
+    for _ in range(600):
+        trainer.train_step()
+        if trainer.step % 50 == 0 and trainer.validate()[3] > 0.97:
+            break
+    batch = trainer.val_rows.first(200, 3)
+    accuracy = lambda mode: evaluate(trainer.model, batch, Thinking(mode, greedy=True), torch.Generator().manual_seed(0))[1].float().mean()  # noqa: E731
+    assert accuracy("policy") > 0.95
+    for mode in ("never", "random", "constant", "swapped"):
+        assert accuracy(mode) < 0.65, f"{mode}: the thoughts' meaning is gone, and so is the answer (chance is 0.33)"
