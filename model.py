@@ -43,7 +43,7 @@ class GPTConfig:
     n_embd: int = 64
     dropout: float = 0.0
     rope_base: float = 100.0  # the longest wavelength of the rotary positions, in columns, over 2 pi
-    gate_init: float = 0.99  # probability of thinking of an untrained gate
+    gate_init: float = 0.9  # probability of thinking of an untrained gate
 
 
 class Output(NamedTuple):
@@ -174,14 +174,16 @@ class GPT(nn.Module):
         # the gate reads the trunk but does not shape it: the noise of its policy gradient wears off what thoughts mean
         return Output(words, thoughts, self.gate(x.detach())[..., 0])
 
-    def optimiser(self, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-        """AdamW; matrices decay, embeddings, biases and norms do not."""
-        matrices = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
+    def optimiser(self, lr: float, gate_lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+        """AdamW; matrices decay, embeddings, biases and norms do not; the gate has a learning rate of its own."""
+        gate = set(self.gate.parameters()) if self.gate is not None else set()
+        matrices = {m.weight for m in self.modules() if isinstance(m, nn.Linear)} - gate
         groups = [
-            {"params": [p for p in self.parameters() if p in matrices], "weight_decay": weight_decay},
-            {"params": [p for p in self.parameters() if p not in matrices], "weight_decay": 0.0},
+            {"params": [p for p in self.parameters() if p in matrices], "peak_lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in self.parameters() if p not in matrices | gate], "peak_lr": lr, "weight_decay": 0.0},
+            {"params": [p for p in self.parameters() if p in gate], "peak_lr": gate_lr, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=lr, betas=betas)
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -193,6 +195,7 @@ class Thinking:
     """How a rollout thinks. All modes but `policy` take the thoughts, or their meaning, away."""
 
     mode: str = "policy"  # policy | never | random | constant | swapped (with the next row of the batch)
+    hold: float | None = None  # the gate held at this probability, instead of asked
     greedy: bool = False  # think where the gate says more than 1/2; take the likeliest thought and word
     max_run: int = 1  # thoughts in a row, at most
     after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None is all
@@ -268,6 +271,8 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
 
 def think_now(gate: Tensor, thinking: Thinking, generator=None) -> Tensor:
     """(B,) gate logits -> (B,) bool."""
+    if thinking.hold is not None:
+        gate = torch.full_like(gate, thinking.hold).logit()
     if thinking.greedy:
         return gate > 0
     return torch.rand(gate.shape, generator=generator, device=gate.device) < gate.sigmoid()

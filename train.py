@@ -60,6 +60,7 @@ class Config:
     steps: int = 2500
     batch_rows: int = 192  # rows a step; in the paid phase, rows times rollouts
     lr: float = 1e-3
+    gate_lr: float = 5e-3  # of the gate; it starts late and has few weights
     warmup: int = 100  # steps of linear warm-up
     final_lr: float = 0.1  # cosine decay to this share of lr
     weight_decay: float = 0.01
@@ -71,7 +72,8 @@ class Config:
     mastered: float = 0.25  # nats a token of the answer (moving average) at which a level counts as mastered
     # thoughts
     max_run: int = 1  # thoughts in a row, at most
-    gate_init: float = 0.99  # probability of thinking as long as thoughts are free
+    hold: float = 1.0  # probability of thinking as long as thoughts are free
+    gate_init: float = 0.95  # the gate's own, when it takes over
     thought_grad: str = "echo"  # echo | reinforce
     echo_scale: float = 1.0
     forget: float = 1.0  # share of rows that forget, while thoughts are free
@@ -365,7 +367,7 @@ class Trainer:
         self.train_rows, self.val_rows = (load_rows(config.data, split, self.vocabulary) for split in ("train", "val"))
         torch.manual_seed(config.seed)
         self.model = GPT(model_config(len(self.meta["vocab"]), config)).to(self.device)
-        self.optimiser = self.model.optimiser(config.lr, config.weight_decay, (config.beta1, config.beta2))
+        self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay, (config.beta1, config.beta2))
         self.generator = torch.Generator().manual_seed(config.seed)  # rows
         self.noise = torch.Generator(self.device).manual_seed(config.seed)  # rollouts, cuts
         self.thinking = Thinking(max_run=config.max_run, after=self.vocabulary.think_after())
@@ -374,9 +376,10 @@ class Trainer:
         self.average = 2.0  # moving average of the loss of the longest level in use
         self.usage = torch.ones(config.n_think) / max(1, config.n_think)
 
-    def lr(self) -> float:
+    def schedule(self) -> float:
+        """Share of the peak learning rates: linear warm-up, then cosine decay."""
         c, done = self.config, self.step / self.config.steps
-        return c.lr * min(1, (self.step + 1) / c.warmup) * (c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+        return min(1, (self.step + 1) / c.warmup) * (c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
     @property
     def paid(self) -> bool:
@@ -387,12 +390,13 @@ class Trainer:
         several = c.rollouts if c.n_think and (self.paid or c.thought_grad == "reinforce") else 1
         levels = self.train_rows.levels[: self.reached]
         batch = self.train_rows.draw(c.batch_rows // several, levels, self.generator).to(self.device).repeat(several)
-        roll = rollout(self.model, batch.real, batch.length, batch.length, self.thinking, self.noise)
+        thinking = dataclasses.replace(self.thinking, hold=None if self.paid else c.hold)
+        roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, self.noise)
         loss, log = hybrid_loss(self.model, roll, batch, c, self.paid, self.noise)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; a lower --lr or a smaller --clip may help")
         for group in self.optimiser.param_groups:
-            group["lr"] = self.lr()
+            group["lr"] = group["peak_lr"] * self.schedule()
         self.optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)

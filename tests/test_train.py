@@ -107,7 +107,7 @@ def test_the_next_level_comes_when_the_longest_is_mastered(chains, tmp_path):
 
 def test_splitting_copies_the_crowded_thought_over_the_unused_one(tiny):
     model = tiny()
-    optimiser = model.optimiser(1e-3, 0.0, (0.9, 0.95))
+    optimiser = model.optimiser(1e-3, 1e-3, 0.0, (0.9, 0.95))
     before = model.embedding.weight.detach().clone()
     assert not split_thought(model, optimiser, torch.tensor([0.5, 0.3, 0.2]))
     assert torch.equal(model.embedding.weight, before)

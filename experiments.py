@@ -1,0 +1,173 @@
+"""
+The tables of the README: each is a set of training runs, made by one command.
+
+  python experiments.py                     the names of the sets
+  python experiments.py seeds --jobs=2      run what is missing, two runs side by side on one thread each, print the table
+
+A run lives in out/SET/NAME and is skipped when its report.json is there. Tables are Markdown: mean, and lowest to highest over seeds.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.dataset import DataError
+from train import load_config, run
+
+CHAIN, PLAIN = ["config/chain.toml", "--plain="], ["config/plain.toml", "--report=true"]
+SEEDS = (1, 2, 3, 4, 5)
+
+
+@dataclass
+class ExperimentConfig:
+    jobs: int = 2  # runs side by side, one thread each
+
+
+def seeds() -> dict:
+    """{row of the table: {run: options}} for thinking and plain models of two layers and one, five seeds."""
+    kinds = {"thinking": CHAIN, "plain": PLAIN}
+    return {
+        f"{kind}, {layers} layer{'s' * (layers > 1)}": {f"{kind}{layers}_{s}": [*options, f"--n_layer={layers}", f"--seed={s}"] for s in SEEDS}
+        for kind, options in kinds.items()
+        for layers in (2, 1)
+    }
+
+
+def ablations() -> dict:
+    """One thing changed at a time, two layers, three seeds."""
+    changes = {
+        "default": [],
+        "thoughts by REINFORCE": ["--thought_grad=reinforce"],
+        "no forgetting": ["--forget=0", "--forget_paid=0"],
+        "no curriculum": ["--curriculum=false"],
+        "no information term": ["--information=0"],
+        "no splitting": ["--split_every=0"],
+        "neither information nor splitting": ["--information=0", "--split_every=0"],
+        "one token a character": ["--data=out/data/characters"],
+        "one token a character, thoughts after digits only": ["--data=out/data/characters_digits"],
+    }
+    return {row: {f"{i}_{s}": [*CHAIN, *options, f"--seed={s}"] for s in SEEDS[:3]} for i, (row, options) in enumerate(changes.items())}
+
+
+def prices() -> dict:
+    """The think cost, two layers and one, three seeds."""
+    return {
+        f"{layers} layer{'s' * (layers > 1)}, price {price}": {
+            f"{layers}_{price}_{s}": [*CHAIN, f"--n_layer={layers}", f"--think_cost={price}", f"--seed={s}"] for s in SEEDS[:2]
+        }
+        for layers in (2, 1)
+        for price in (0.0, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0)
+    }
+
+
+def moduli() -> dict:
+    """Larger numbers."""
+    return {f"modulo {m}": {f"{m}_{s}": ["config/large_modulus.toml", f"--data=out/data/mod{m}", f"--seed={s}"] for s in SEEDS[:3]} for m in (7, 10)}
+
+
+def addition() -> dict:
+    """Plain multi-digit addition: thoughts against plain, forwards and reversed."""
+    return {
+        f"{kind}, {order}": {
+            f"{kind}_{order}_{s}": ["config/addition.toml", f"--data=out/data/addition_{order}", f"--n_think={k}", f"--seed={s}"] for s in SEEDS[:2]
+        }
+        for order in ("forwards", "reversed")
+        for kind, k in (("thinking", 16), ("plain", 0))
+    }
+
+
+SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition)}
+DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py
+    "characters": ["--tokens=characters"],
+    "characters_digits": ["--tokens=characters", "--think_after=0123456789"],
+    "mod7": ["--modulus=7"],
+    "mod10": ["--modulus=10"],
+    "addition_forwards": ["--task=addition"],
+    "addition_reversed": ["--task=addition", "--reversed"],
+}
+
+
+def call(command: list[str], log: Path | None = None) -> bool:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if log:
+        log.write_text(done.stdout)
+    return done.returncode == 0
+
+
+def prepare_data(options: list[str]) -> None:
+    """Make the data that a run's options name, unless it is there."""
+    folder = next((o.partition("=")[2] for o in options if o.startswith("--data=")), "data/arithmetic")
+    if not (Path(folder) / "meta.json").exists():
+        print(f"preparing {folder}", flush=True)
+        call(["data/arithmetic/prepare.py", f"--out={folder}", *DATA.get(Path(folder).name, [])])
+
+
+def train_one(folder: Path, options: list[str]) -> None:
+    if (folder / "report.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    good = call(["train.py", *options, f"--out={folder}"], folder / "log.txt")
+    print(f"{folder} {'done' if good else 'FAILED, see its log.txt'}", flush=True)
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    if not values:
+        return "-"
+    low, high, mean = min(values), max(values), sum(values) / len(values)
+    return f"{mean:.{digits}f}" if low == high else f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def first_time(folder: Path, share: float = 0.95, up_to: int = 4) -> float | None:
+    """Seconds of training after which every validation level up to `up_to` was answered to this share."""
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        log = json.loads(line)
+        if "validation" in log and min(a for n, a in log["validation"].items() if int(n) <= up_to) >= share:
+            return log["seconds"]
+    return None
+
+
+def table(folders: dict[str, list[Path]]) -> None:
+    reports = {row: [(f, json.loads((f / "report.json").read_text())) for f in fs if (f / "report.json").exists()] for row, fs in folders.items()}
+    top = max(r["trained_levels"][-1] for rs in reports.values() for _, r in rs)
+    half, far = max(1, top // 2), 128
+    modes = ("never", "random", "constant", "swapped")
+    window = max(max(map(int, r["windows"])) for rs in reports.values() for _, r in rs)
+    head = ["", "seeds", f"1 to {top}, worst", f"{half}", f"{top}", f"{far}", *(f"{far}, window {w}" for w in (8, window)), f"1024, window {window}"]
+    head += [f"{m}, {top}" for m in modes] + [f"thoughts at {n}" for n in (1, half, top)] + ["95% at 1 to 4 after", "seconds"]
+    print("| " + " | ".join(head) + " |\n" + "| --- " * len(head) + "|")
+    for row, rs in reports.items():
+        mode = lambda r: r["modes"].get("policy") or r["modes"]["never"]  # noqa: E731
+        at = lambda part, n: [a for _, r in rs if (a := part(r).get("accuracy", {}).get(str(n))) is not None]  # noqa: E731
+        worst = [min(a for n, a in mode(r)["accuracy"].items() if int(n) <= top) for _, r in rs]
+        cells = [row, str(len(rs)), spread(worst), spread(at(mode, half)), spread(at(mode, top)), spread(at(mode, far))]
+        cells += [spread(at(lambda r: r["windows"].get(str(w), {}), far)) for w in (8, window)]
+        cells += [spread(at(lambda r: r["windows"].get(str(window), {}), 1024))]
+        cells += [spread(at(lambda r: r["modes"].get(m, {}), top)) for m in modes]
+        cells += [spread([mode(r)["thoughts_per_row"][str(n)] for _, r in rs], 1) for n in (1, half, top)]
+        first = [first_time(f) for f, _ in rs]
+        cells += [spread([t for t in first if t], 0) + (f", {first.count(None)} never" if None in first else "")]
+        print("| " + " | ".join([*cells, spread([r["seconds"] for _, r in rs], 0)]) + " |")
+
+
+def main(argv: list[str]) -> None:
+    config = load_config([a for a in argv if a.startswith("--")], ExperimentConfig)
+    names = [a for a in argv if not a.startswith("--")]
+    if not names or any(name not in SETS for name in names):
+        raise DataError("name one or more of: " + "; ".join(f"{name} ({f.__doc__.strip()})" for name, f in SETS.items()))
+    for name in names:
+        rows = SETS[name]()
+        runs = [(Path("out") / name / run_name, options) for row in rows.values() for run_name, options in row.items()]
+        for _, options in runs:
+            prepare_data(options)
+        with ThreadPoolExecutor(config.jobs) as pool:
+            list(pool.map(lambda one: train_one(*one), runs))
+        table({row: [Path("out") / name / run_name for run_name in some] for row, some in rows.items()})
+
+
+if __name__ == "__main__":
+    run(main, "experiments.py")
