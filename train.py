@@ -57,8 +57,8 @@ class Config:
     dropout: float = 0.0
     rope_base: float = 100.0
     # optimisation
-    steps: int = 2500
-    batch_rows: int = 192  # rows a step; in the paid phase, rows times rollouts
+    steps: int = 2000
+    batch_rows: int = 128  # rows a step; in the paid phase, rows times rollouts
     lr: float = 1e-3
     gate_lr: float = 5e-3  # of the gate; it starts late and has few weights
     warmup: int = 100  # steps of linear warm-up
@@ -81,12 +81,12 @@ class Config:
     cut_last: float = 0.3  # share of cuts put as late as they can be, so that one thought must tell all
     information: float = 0.05  # weight of the information that thoughts carry about where they are thought, in nats
     split_every: int = 60  # steps between splits of an overused thought, while levels are still being added; 0 never
-    free: float = 0.6  # share of the steps in which thoughts are free and the gate is not trained
+    free: float = 0.4  # share of the steps in which thoughts are free and the gate is not trained
     think_cost: float = 0.05  # price of a thought, in nats
     gate_weight: float = 1.0  # weight of the gate's policy gradient
     rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
     # habits
-    eval_every: int = 250
+    eval_every: int = 100
     eval_rows: int = 200  # validation rows a level
     log_every: int = 50
     save_every: int = 500
@@ -367,6 +367,7 @@ class Trainer:
         self.train_rows, self.val_rows = (load_rows(config.data, split, self.vocabulary) for split in ("train", "val"))
         torch.manual_seed(config.seed)
         self.model = GPT(model_config(len(self.meta["vocab"]), config)).to(self.device)
+        self.parallel = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay, (config.beta1, config.beta2))
         self.generator = torch.Generator().manual_seed(config.seed)  # rows
         self.noise = torch.Generator(self.device).manual_seed(config.seed)  # rollouts, cuts
@@ -392,7 +393,7 @@ class Trainer:
         batch = self.train_rows.draw(c.batch_rows // several, levels, self.generator).to(self.device).repeat(several)
         thinking = dataclasses.replace(self.thinking, hold=None if self.paid else c.hold)
         roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, self.noise)
-        loss, log = hybrid_loss(self.model, roll, batch, c, self.paid, self.noise)
+        loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; a lower --lr or a smaller --clip may help")
         for group in self.optimiser.param_groups:
