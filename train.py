@@ -58,7 +58,7 @@ class Config:
     rope_base: float = 100.0
     # optimisation
     steps: int = 2000
-    batch_rows: int = 128  # rows a step; in the paid phase, rows times rollouts
+    batch_tokens: int = 1536  # real tokens a step, all rollouts counted: many short rows or few long ones
     lr: float = 1e-3
     gate_lr: float = 5e-3  # of the gate; it starts late and has few weights
     warmup: int = 100  # steps of linear warm-up
@@ -69,7 +69,7 @@ class Config:
     clip: float = 1.0  # gradient norm
     prompt_weight: float = 0.01  # weight of the prompt's own tokens in the loss; the answer's is 1
     curriculum: bool = True  # shortest levels first, the next when the longest is mastered
-    mastered: float = 0.25  # nats a token of the answer (moving average) at which a level counts as mastered
+    mastered: float = 0.5  # nats a token of the answer (moving average) at which a level counts as mastered
     # thoughts
     max_run: int = 1  # thoughts in a row, at most
     hold: float = 1.0  # probability of thinking as long as thoughts are free
@@ -78,10 +78,10 @@ class Config:
     echo_scale: float = 1.0
     forget: float = 1.0  # share of rows that forget, while thoughts are free
     forget_paid: float = 0.8  # the same, once they are paid
-    cut_last: float = 0.3  # share of cuts put as late as they can be, so that one thought must tell all
-    information: float = 0.05  # weight of the information that thoughts carry about where they are thought, in nats
+    cut_last: float = 0.5  # share of cuts put as late as they can be, so that one thought must tell all
+    information: float = 0.0  # weight of the information that thoughts carry about where they are thought, in nats
     split_every: int = 60  # steps between splits of an overused thought, while levels are still being added; 0 never
-    free: float = 0.4  # share of the steps in which thoughts are free and the gate is not trained
+    free: float = 0.4  # share of the steps, at least, in which thoughts are free and the gate is not trained
     think_cost: float = 0.05  # price of a thought, in nats
     gate_weight: float = 1.0  # weight of the gate's policy gradient
     rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
@@ -181,22 +181,25 @@ def echo(model: GPT, roll: Rollout, thoughts: Tensor, scale: float = 1.0) -> Ten
 
 
 def word_loss(words: Tensor, roll: Rollout) -> Tensor:
-    """(B, C, V) -> (B, C): -log p(the next real token) in nats where a column speaks, 0 elsewhere."""
+    """
+    (B, C, V) -> (B, C): -log p(the next real token) in nats, 0 behind a row's end. Columns that go on to think are charged, too:
+    what a column would have said must not lean on the thought behind it, and the gate must know what it gives up.
+    """
     target = roll.real.gather(1, roll.pointer.clamp(max=roll.real.size(1) - 1))
     loss = F.cross_entropy(words.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-    return loss * roll.speaks
+    return loss * roll.valid
 
 
 def weighted(loss: Tensor, roll: Rollout, prompt: Tensor, prompt_weight: float) -> Tensor:
     """Mean (B, C) loss of the answers' tokens plus prompt_weight times that of the prompts' -> scalar."""
-    answer = roll.speaks & (roll.pointer >= prompt[:, None])
-    asked = roll.speaks & ~answer
+    answer = roll.valid & (roll.pointer >= prompt[:, None])
+    asked = roll.valid & ~answer
     return (loss * answer).sum() / answer.sum().clamp(min=1) + prompt_weight * (loss * asked).sum() / asked.sum().clamp(min=1)
 
 
 def return_to_go(loss: Tensor, roll: Rollout, think_cost: float) -> Tensor:
-    """(B, C): minus the loss of all real tokens said from this column on, minus the price of all thoughts decided from it on."""
-    reward = -loss - think_cost * roll.thinks
+    """(B, C): minus the (B, C) loss of all real tokens said from this column on, minus the price of all thoughts decided from it on."""
+    reward = -loss * roll.speaks - think_cost * roll.thinks
     return reward.flip(1).cumsum(1).flip(1)
 
 
@@ -237,10 +240,10 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
     full = model(roll.stream)  # pass 1
     loss_full = word_loss(full.words, roll)
     loss = weighted(loss_full, roll, batch.prompt, config.prompt_weight)
-    answer = roll.speaks & (roll.pointer >= batch.prompt[:, None])
+    answer = roll.valid & (roll.pointer >= batch.prompt[:, None])
     with torch.no_grad():
         row_loss = (loss_full * answer).sum(1) / answer.sum(1).clamp(min=1)  # (B,) nats a token of the answer
-        hits = (full.words.argmax(-1) == roll.real.gather(1, roll.pointer.clamp(max=roll.real.size(1) - 1))) | ~answer
+        hits = ~roll.speaks | (full.words.argmax(-1) == roll.real.gather(1, roll.pointer.clamp(max=roll.real.size(1) - 1))) | ~answer
         log = {"loss": loss.item(), "row_loss": row_loss, "accuracy": hits.all(1).float().mean().item()}
     if model.config.n_think == 0:
         return loss, log
@@ -255,7 +258,8 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         loss = loss + mean_kept
         log["loss_forgotten"] = mean_kept.item()
         log["row_loss"] = (loss_kept.detach() * answer).sum(1) / answer.sum(1).clamp(min=1)
-    loss = loss - config.information * information(full.thoughts[roll.thinks])
+    if config.information:
+        loss = loss - config.information * information(full.thoughts[roll.thinks])
 
     if paid or not is_echo:
         weight = torch.where(answer, 1.0, config.prompt_weight)
@@ -372,7 +376,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)  # rows
         self.noise = torch.Generator(self.device).manual_seed(config.seed)  # rollouts, cuts
         self.thinking = Thinking(max_run=config.max_run, after=self.vocabulary.think_after())
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.paid = 0, 0.0, False
         self.reached = 1 if config.curriculum else len(self.train_rows.levels)  # levels in use
         self.average = 2.0  # moving average of the loss of the longest level in use
         self.usage = torch.ones(config.n_think) / max(1, config.n_think)
@@ -382,15 +386,12 @@ class Trainer:
         c, done = self.config, self.step / self.config.steps
         return min(1, (self.step + 1) / c.warmup) * (c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
-    @property
-    def paid(self) -> bool:
-        return self.step >= self.config.free * self.config.steps and self.config.n_think > 0
-
     def train_step(self) -> dict:
         c = self.config
         several = c.rollouts if c.n_think and (self.paid or c.thought_grad == "reinforce") else 1
         levels = self.train_rows.levels[: self.reached]
-        batch = self.train_rows.draw(c.batch_rows // several, levels, self.generator).to(self.device).repeat(several)
+        rows = max(1, c.batch_tokens // self.train_rows.longest(levels[-1]) // several)
+        batch = self.train_rows.draw(rows, levels, self.generator).to(self.device).repeat(several)
         thinking = dataclasses.replace(self.thinking, hold=None if self.paid else c.hold)
         roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, self.noise)
         loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
@@ -411,12 +412,15 @@ class Trainer:
         return log
 
     def grow(self, batch: Batch, row_loss: Tensor) -> None:
-        """Add the next level once the longest one in use is mastered."""
+        """Add the next level once the longest one in use is mastered; after the last, thoughts begin to cost."""
         longest = batch.level == self.train_rows.levels[self.reached - 1]
         if longest.any():
             self.average += 0.1 * (row_loss[longest].mean().item() - self.average)
-        if self.average < self.config.mastered and self.reached < len(self.train_rows.levels):
+        mastered = self.average < self.config.mastered or not self.config.curriculum
+        if mastered and self.reached < len(self.train_rows.levels):
             self.reached, self.average = self.reached + 1, 1.0
+        elif mastered and self.config.n_think and self.step >= self.config.free * self.config.steps:
+            self.paid = True
 
     def split(self, roll: Rollout) -> None:
         used = torch.bincount(roll.stream[:, 1:][roll.thinks[:, :-1]].cpu() - self.model.config.vocab_size, minlength=self.config.n_think)
@@ -441,7 +445,7 @@ class Trainer:
             "meta": self.meta,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "progress": {"step": self.step, "seconds": self.seconds, "reached": self.reached, "average": self.average},
+            "progress": {"step": self.step, "seconds": self.seconds, "reached": self.reached, "average": self.average, "paid": self.paid},
             "usage": self.usage,
             "random": [self.generator.get_state(), self.noise.get_state(), torch.get_rng_state()],
         }

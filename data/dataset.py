@@ -92,6 +92,11 @@ class Rows:
         self.count = dict(zip(self.levels, counts))
         self.start = dict(zip(self.levels, np.cumsum([0] + counts[:-1]).tolist()))
 
+    def longest(self, level: int) -> int:
+        """Real tokens in the longest row of a level."""
+        start = self.start[level]
+        return int(self.all.length[start : start + self.count[level]].max())
+
     def draw(self, size: int, levels: list[int], generator: torch.Generator) -> Batch:
         """`size` rows: a level drawn evenly from `levels`, then a row of that level."""
         pick = torch.tensor(levels)[torch.randint(len(levels), (size,), generator=generator)]

@@ -130,7 +130,7 @@ def refused(script, *arguments, **options):
 
 def test_every_bad_input_gets_one_sentence(chains, tmp_path):
     trained = tmp_path / "run"
-    common = [f"--data={chains}", "--n_layer=1", "--n_embd=16", "--n_head=2", "--n_think=4", "--batch_rows=8", "--device=cpu", "--report=false"]
+    common = [f"--data={chains}", "--n_layer=1", "--n_embd=16", "--n_head=2", "--n_think=4", "--batch_tokens=64", "--device=cpu", "--report=false"]
     call("train.py", *common, "--steps=2", f"--out={trained}", check=True)
 
     assert "'n_layer'" in refused("train.py", "--n_layers=3"), "the nearest key is named"

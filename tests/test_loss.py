@@ -95,19 +95,19 @@ def test_the_echos_gradient_is_the_straight_through_one(tiny):
 # words, prices, baselines
 
 
-def test_words_are_charged_only_where_a_column_speaks_and_prompts_less():
-    roll = roll_of([[0, 5, 1, 2]], [[0, 1, 2, 3]])  # says 1 (from the thought), 2, 3
+def test_every_column_is_charged_for_the_word_it_would_say_and_prompts_less():
+    roll = roll_of([[0, 5, 1, 2]], [[0, 1, 2, 3]])  # column 0 would say 1, the thought behind it says it, then 2, 3
     words = torch.zeros(1, 4, 5)
-    words[0, 3, 3] = 2.0
+    words[0, 0, 1] = words[0, 3, 3] = 2.0
     loss = word_loss(words, roll)
     uniform, sharp = torch.log(torch.tensor(5.0)), torch.log(4 + torch.e**2 * torch.ones(())) - 2
-    torch.testing.assert_close(loss, torch.stack([torch.tensor(0.0), uniform, uniform, sharp])[None])
-    torch.testing.assert_close(weighted(loss, roll, torch.tensor([3]), 0.1), sharp + 0.1 * uniform)
+    torch.testing.assert_close(loss, torch.stack([sharp, uniform, uniform, sharp])[None])
+    torch.testing.assert_close(weighted(loss, roll, torch.tensor([3]), 0.1), sharp + 0.1 * (sharp + 2 * uniform) / 3)
 
 
 def test_return_to_go_and_price_by_hand():
     roll = roll_of([[0, 5, 1, 6, 2]], [[0, 1, 2, 3]])
-    loss = torch.tensor([[0.0, 1.0, 0.0, 2.0, 4.0]])
+    loss = torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0]])  # what columns 0 and 2 would have lost counts for nothing: they think
     # decided at column 0: two thoughts at 0.5 and all of the loss; at column 1 the first thought is already thought
     assert return_to_go(loss, roll, 0.5).tolist() == [[-8.0, -7.5, -6.5, -6.0, -4.0]]
 
@@ -156,7 +156,7 @@ def test_the_policy_gradient_equals_exact_enumeration(tiny, grouped):
         gate, thought, out = log_probability(model, roll)
         probability = (gate.sum() + thought.sum().detach()).exp()  # thoughts' contents are another term's business
         loss = word_loss(out.words, roll).detach()
-        objective = objective + probability * (loss.sum() + cost * roll.thinks.sum())
+        objective = objective + probability * ((loss * roll.speaks).sum() + cost * roll.thinks.sum())
         probabilities.append(probability.item())
         returns.append(return_to_go(loss, roll, cost))
     assert sum(probabilities) == pytest.approx(1)
@@ -193,7 +193,7 @@ def test_reinforce_on_thoughts_equals_exact_enumeration(tiny):
         gate, thought, out = log_probability(model, roll)
         probability = (gate.sum().detach() + thought.sum()).exp()
         loss = word_loss(out.words, roll).detach()
-        objective = objective + probability * loss.sum()
+        objective = objective + probability * (loss * roll.speaks).sum()
         total = total + probability.item() * policy_gradient(thought, return_to_go(loss, roll, 0.0), roll.thinks) * roll.thinks.sum()
     exact = torch.autograd.grad(objective, weights, retain_graph=True)
     for found, wanted in zip(torch.autograd.grad(total, weights), exact):

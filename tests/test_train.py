@@ -17,7 +17,7 @@ from train import Config, Trainer, evaluate, load_checkpoint, save_checkpoint, s
 
 
 def small(chains, tmp_path, **changes):
-    defaults = dict(data=str(chains), out=str(tmp_path), n_layer=1, n_embd=32, n_think=6, batch_rows=24, steps=20, warmup=2, eval_rows=20, device="cpu")
+    defaults = dict(data=str(chains), out=str(tmp_path), n_layer=1, n_embd=32, n_think=6, batch_tokens=200, steps=20, warmup=2, eval_rows=20, device="cpu")
     return Config(**(defaults | changes))
 
 
@@ -144,7 +144,7 @@ def test_mutual_information_by_hand():
 
 def test_train_report_and_sample_as_a_person_runs_them(chains, tmp_path):
     plain, thinking = tmp_path / "plain", tmp_path / "thinking"
-    common = [f"--data={chains}", "--steps=6", "--n_layer=1", "--n_embd=16", "--n_head=2", "--batch_rows=16", "--log_every=2", "--eval_every=4", "--device=cpu"]
+    common = [f"--data={chains}", "--steps=6", "--n_layer=1", "--n_embd=16", "--n_head=2", "--batch_tokens=128", "--log_every=2", "--eval_every=4", "--device=cpu"]
     call("train.py", *common, "--n_think=0", f"--out={plain}", check=True)
     done = call("train.py", *common, "--n_think=4", f"--out={thinking}", f"--plain={plain}", check=True)
     assert "thoughts/token" in done.stdout and "swapped" in done.stdout
@@ -172,7 +172,7 @@ def test_train_report_and_sample_as_a_person_runs_them(chains, tmp_path):
 def test_thoughts_learn_to_carry_the_running_value_and_nothing_else_does(chains, tmp_path):
     """A one-layer model learns chains of two operations from scratch; without its thoughts, or with others', it does not know."""
     torch.manual_seed(0)
-    trainer = Trainer(small(chains, tmp_path, n_embd=64, n_think=12, batch_rows=128, steps=600, warmup=50, free=1.0, seed=1))
+    trainer = Trainer(small(chains, tmp_path, n_embd=64, n_think=12, batch_tokens=1024, steps=600, warmup=50, free=1.0, seed=1))
     for _ in range(600):
         trainer.train_step()
         if trainer.step % 50 == 0 and trainer.validate()[3] > 0.97:
