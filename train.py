@@ -57,7 +57,7 @@ class Config:
     dropout: float = 0.0
     rope_base: float = 100.0
     # optimisation
-    steps: int = 2000
+    steps: int = 1500
     batch_tokens: int = 1536  # real tokens a step, all rollouts counted: many short rows or few long ones
     lr: float = 1e-3
     gate_lr: float = 5e-3  # of the gate; it starts late and has few weights
@@ -79,7 +79,6 @@ class Config:
     forget: float = 1.0  # share of rows that forget, while thoughts are free
     forget_paid: float = 0.8  # the same, once they are paid
     cut_last: float = 0.5  # share of cuts put as late as they can be, so that one thought must tell all
-    information: float = 0.0  # weight of the information that thoughts carry about where they are thought, in nats
     split_every: int = 60  # steps between splits of an overused thought, while levels are still being added; 0 never
     free: float = 0.4  # share of the steps, at least, in which thoughts are free and the gate is not trained
     think_cost: float = 0.05  # price of a thought, in nats
@@ -180,14 +179,21 @@ def echo(model: GPT, roll: Rollout, thoughts: Tensor, scale: float = 1.0) -> Ten
 # the hybrid loss
 
 
+def targets(roll: Rollout) -> Tensor:
+    """(B, C): the real token that each column would say. Behind a row's end, its last one."""
+    return roll.real.gather(1, roll.pointer.clamp(max=roll.real.size(1) - 1))
+
+
 def word_loss(words: Tensor, roll: Rollout) -> Tensor:
     """
-    (B, C, V) -> (B, C): -log p(the next real token) in nats, 0 behind a row's end. Columns that go on to think are charged, too:
-    what a column would have said must not lean on the thought behind it, and the gate must know what it gives up.
+    (B, C, V) -> (B, C): -log p(the next real token) in nats, 0 behind a row's end.
+
+    A column that goes on to think is charged, too, for what it would have said. That closes a leak: in pass 2 a later thought, thought
+    in full view, may know the answer, but the column before it must do with the thought at the cut. And the gate's choice is between
+    two things that are both trained.
     """
-    target = roll.real.gather(1, roll.pointer.clamp(max=roll.real.size(1) - 1))
-    loss = F.cross_entropy(words.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-    return loss * roll.valid
+    loss = F.cross_entropy(words.flatten(0, 1), targets(roll).flatten(), reduction="none")
+    return loss.view_as(roll.pointer) * roll.valid
 
 
 def weighted(loss: Tensor, roll: Rollout, prompt: Tensor, prompt_weight: float) -> Tensor:
@@ -221,58 +227,35 @@ def policy_gradient(log_probability: Tensor, advantage: Tensor, where: Tensor) -
     return -(advantage.detach() * log_probability * where).sum() / where.sum().clamp(min=1)
 
 
-def information(thoughts: Tensor) -> Tensor:
-    """
-    Logits (N, K) at the N columns that think -> nats: H(mean p) - H(p), the mutual information of a thought and its column.
-
-    Rewarding it makes each thought decisive and all of them used, so that no two values share one. What they are used *for* is left
-    to the echo. After Krause et al. 2010 (regularised information maximisation).
-    """
-    if len(thoughts) == 0:
-        return thoughts.sum()
-    p = thoughts.softmax(dim=-1)
-    mean = p.mean(dim=0)
-    return torch.xlogy(p, p).sum(dim=-1).mean() - torch.xlogy(mean, mean).sum()
-
-
 def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: bool, generator=None) -> tuple[Tensor, dict]:
-    """All of a training step but the rollout and the optimiser -> loss, {name: number} for the log."""
+    """All of a training step but the rollout and the optimiser -> loss, {name: number} and "row_loss" (B,) for the log."""
+    answer = roll.valid & (roll.pointer >= batch.prompt[:, None])  # (B, C) columns that would say a token of the answer
     full = model(roll.stream)  # pass 1
-    loss_full = word_loss(full.words, roll)
+    loss_full = loss_kept = word_loss(full.words, roll)
     loss = weighted(loss_full, roll, batch.prompt, config.prompt_weight)
-    answer = roll.valid & (roll.pointer >= batch.prompt[:, None])
-    with torch.no_grad():
-        row_loss = (loss_full * answer).sum(1) / answer.sum(1).clamp(min=1)  # (B,) nats a token of the answer
-        hits = ~roll.speaks | (full.words.argmax(-1) == roll.real.gather(1, roll.pointer.clamp(max=roll.real.size(1) - 1))) | ~answer
-        log = {"loss": loss.item(), "row_loss": row_loss, "accuracy": hits.all(1).float().mean().item()}
-    if model.config.n_think == 0:
-        return loss, log
+    right = (full.words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)
+    log = {"loss": loss.item(), "accuracy": right.all(dim=1).float().mean().item()}
 
-    is_echo = config.thought_grad == "echo"
-    cut = draw_cuts(roll, batch.prompt, config.forget_paid if paid else config.forget, config.cut_last, generator)
-    if is_echo or cut.any():  # pass 2
-        x = echo(model, roll, full.thoughts, config.echo_scale) if is_echo else roll.stream
+    if model.config.n_think:  # pass 2
+        x = echo(model, roll, full.thoughts, config.echo_scale) if config.thought_grad == "echo" else roll.stream
+        cut = draw_cuts(roll, batch.prompt, config.forget_paid if paid else config.forget, config.cut_last, generator)
         kept = model(x, mask=forgetting_mask(cut, x.size(1)))
         loss_kept = word_loss(kept.words, roll)
         mean_kept = weighted(loss_kept, roll, batch.prompt, config.prompt_weight)
-        loss = loss + mean_kept
-        log["loss_forgotten"] = mean_kept.item()
-        log["row_loss"] = (loss_kept.detach() * answer).sum(1) / answer.sum(1).clamp(min=1)
-    if config.information:
-        loss = loss - config.information * information(full.thoughts[roll.thinks])
+        loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()
 
-    if paid or not is_echo:
-        weight = torch.where(answer, 1.0, config.prompt_weight)
-        rewards = loss_full.detach() if is_echo else word_loss(kept.words, roll).detach()
-        returns = return_to_go(rewards * weight, roll, config.think_cost if paid else 0.0)
-        advantage = returns - leave_one_out(returns, roll, config.rollouts)
-        if paid:
-            action = F.logsigmoid(torch.where(roll.thinks, full.gate, -full.gate))
-            loss = loss + config.gate_weight * policy_gradient(action, advantage, roll.decides)
-        if not is_echo:
-            chosen = F.pad(roll.stream[:, 1:] - model.config.vocab_size, (0, 1)).clamp(min=0)  # the thought that follows a column
-            action = full.thoughts.log_softmax(-1).gather(2, chosen[..., None])[..., 0]
-            loss = loss + policy_gradient(action, advantage, roll.thinks)
+    weight = torch.where(answer, 1.0, config.prompt_weight)
+    if paid:  # when to think
+        returns = return_to_go(loss_full.detach() * weight, roll, config.think_cost)
+        action = F.logsigmoid(torch.where(roll.thinks, full.gate, -full.gate))
+        loss = loss + config.gate_weight * policy_gradient(action, returns - leave_one_out(returns, roll, config.rollouts), roll.decides)
+    if model.config.n_think and config.thought_grad == "reinforce":  # what to think, without the echo
+        returns = return_to_go(loss_kept.detach() * weight, roll, 0.0)
+        chosen = F.pad(roll.stream[:, 1:] - model.config.vocab_size, (0, 1)).clamp(min=0)  # the thought that follows a column
+        action = full.thoughts.log_softmax(-1).gather(2, chosen[..., None])[..., 0]
+        loss = loss + policy_gradient(action, returns - leave_one_out(returns, roll, config.rollouts), roll.thinks)
+
+    log["row_loss"] = (loss_kept.detach() * answer).sum(dim=1) / answer.sum(dim=1).clamp(min=1)
     return loss, log
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from data.dataset import Batch
 from model import Rollout, Thinking, rollout
 from train import (
-    Config, draw_cuts, echo, forgetting_mask, hybrid_loss, information, leave_one_out, policy_gradient, return_to_go, weighted, word_loss,
+    Config, draw_cuts, echo, forgetting_mask, hybrid_loss, leave_one_out, policy_gradient, return_to_go, weighted, word_loss,
 )  # fmt: skip
 
 
@@ -201,16 +201,7 @@ def test_reinforce_on_thoughts_equals_exact_enumeration(tiny):
 
 
 # ----------------------------------------------------------------------------------------------
-# information, and the whole
-
-
-def test_information_by_hand():
-    half = torch.tensor(2.0).log()
-    sure = torch.tensor([[50.0, 0.0], [0.0, 50.0]])  # two columns, each sure of another thought: ln 2 nats
-    torch.testing.assert_close(information(sure), half)
-    torch.testing.assert_close(information(torch.zeros(2, 2)), torch.tensor(0.0))  # never sure: none
-    torch.testing.assert_close(information(torch.tensor([[50.0, 0.0], [50.0, 0.0]])), torch.tensor(0.0))  # always the same: none
-    assert information(torch.zeros(0, 2)) == 0, "no thoughts, no information, no NaN"
+# the whole
 
 
 def test_a_plain_model_pays_cross_entropy_and_nothing_else(tiny):
@@ -231,7 +222,7 @@ def test_who_gets_a_gradient(tiny, paid, thought_grad):
     real = torch.randint(5, (8, 6), generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0)
     length = torch.full((32,), 6)
     roll = rollout(model, real, length, length, Thinking(), torch.Generator().manual_seed(0))
-    config = Config(n_think=3, thought_grad=thought_grad, rollouts=4, information=0.0)
+    config = Config(n_think=3, thought_grad=thought_grad, rollouts=4)
     hybrid_loss(model, roll, batch_of(roll, 4), config, paid, torch.Generator().manual_seed(0))[0].backward()
     assert model.head.weight.grad[5:].abs().sum() > 0
     assert (model.gate.weight.grad is not None) == paid
