@@ -130,9 +130,10 @@ def model_config(vocab_size: int, config: Config) -> GPTConfig:
 
 
 def pick_device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    there = [d for d, here in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if here]
+    if name not in ("auto", *there):
+        raise DataError(f"device = {name!r} is not here; this machine has {', '.join(there)}")
+    return there[0] if name == "auto" else name
 
 
 # ----------------------------------------------------------------------------------------------
@@ -353,7 +354,10 @@ class Trainer:
         self.vocabulary = Vocabulary(self.meta)
         self.train_rows, self.val_rows = (load_rows(config.data, split, self.vocabulary) for split in ("train", "val"))
         torch.manual_seed(config.seed)
-        self.model = GPT(model_config(len(self.meta["vocab"]), config)).to(self.device)
+        try:
+            self.model = GPT(model_config(len(self.meta["vocab"]), config)).to(self.device)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         self.parallel = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay, (config.beta1, config.beta2))
         self.generator = torch.Generator().manual_seed(config.seed)  # rows
@@ -378,13 +382,13 @@ class Trainer:
         thinking = dataclasses.replace(self.thinking, hold=None if self.paid else c.hold)
         roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, self.noise)
         loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}; a lower --lr or a smaller --clip may help")
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak_lr"] * self.schedule()
         self.optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip).item()
+        if not math.isfinite(loss.item() + norm):
+            raise FloatingPointError(f"the loss is {loss.item()}, its gradient {norm}, at step {self.step}: a lower --lr may help; nothing was saved since")
         self.optimiser.step()
         log |= {"step": self.step, "paid": self.paid, "level": levels[-1], "thoughts_per_token": (roll.thinks.sum() / roll.speaks.sum()).item()}
         log["columns"] = roll.valid.sum().item()

@@ -135,6 +135,8 @@ def test_every_bad_input_gets_one_sentence(chains, tmp_path):
 
     assert "'n_layer'" in refused("train.py", "--n_layers=3"), "the nearest key is named"
     assert "not a int" in refused("train.py", "--steps=many")
+    assert "n_head" in refused("train.py", *common, "--n_embd=15", f"--out={tmp_path / 'x'}")
+    assert "is not here" in refused("train.py", *common, "--device=abacus", f"--out={tmp_path / 'x'}")
     assert "cannot read config" in refused("train.py", "config/missing.toml")
     bad_toml = tmp_path / "bad.toml"
     bad_toml.write_text("steps = = 3")
