@@ -79,6 +79,7 @@ class Config:
     forget: float = 1.0  # share of rows that forget, while thoughts are free
     forget_paid: float = 0.8  # the same, once they are paid
     cut_last: float = 0.5  # share of cuts put as late as they can be, so that one thought must tell all
+    charge_thinking: bool = True  # charge a column that thinks, too, for the word it would have said
     split_every: int = 60  # steps between splits of an overused thought, while levels are still being added; 0 never
     free: float = 0.4  # share of the steps, at least, in which thoughts are free and the gate is not trained
     think_cost: float = 0.05  # price of a thought, in nats
@@ -185,16 +186,16 @@ def targets(roll: Rollout) -> Tensor:
     return roll.real.gather(1, roll.pointer.clamp(max=roll.real.size(1) - 1))
 
 
-def word_loss(words: Tensor, roll: Rollout) -> Tensor:
+def word_loss(words: Tensor, roll: Rollout, charge_thinking: bool = True) -> Tensor:
     """
     (B, C, V) -> (B, C): -log p(the next real token) in nats, 0 behind a row's end.
 
     A column that goes on to think is charged, too, for what it would have said. That closes a leak: in pass 2 a later thought, thought
     in full view, may know the answer, but the column before it must do with the thought at the cut. And the gate's choice is between
-    two things that are both trained.
+    two things that are both trained. `charge_thinking = False` leaves the leak open, for comparison.
     """
     loss = F.cross_entropy(words.flatten(0, 1), targets(roll).flatten(), reduction="none")
-    return loss.view_as(roll.pointer) * roll.valid
+    return loss.view_as(roll.pointer) * (roll.valid if charge_thinking else roll.speaks)
 
 
 def weighted(loss: Tensor, roll: Rollout, prompt: Tensor, prompt_weight: float) -> Tensor:
@@ -232,7 +233,7 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
     """All of a training step but the rollout and the optimiser -> loss, {name: number} and "row_loss" (B,) for the log."""
     answer = roll.valid & (roll.pointer >= batch.prompt[:, None])  # (B, C) columns that would say a token of the answer
     full = model(roll.stream)  # pass 1
-    loss_full = loss_kept = word_loss(full.words, roll)
+    loss_full = loss_kept = word_loss(full.words, roll, config.charge_thinking)
     loss = weighted(loss_full, roll, batch.prompt, config.prompt_weight)
     right = (full.words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)
     log = {"loss": loss.item(), "accuracy": right.all(dim=1).float().mean().item()}
@@ -241,7 +242,7 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         x = echo(model, roll, full.thoughts, config.echo_scale) if config.thought_grad == "echo" else roll.stream
         cut = draw_cuts(roll, batch.prompt, config.forget_paid if paid else config.forget, config.cut_last, generator)
         kept = model(x, mask=forgetting_mask(cut, x.size(1)))
-        loss_kept = word_loss(kept.words, roll)
+        loss_kept = word_loss(kept.words, roll, config.charge_thinking)
         mean_kept = weighted(loss_kept, roll, batch.prompt, config.prompt_weight)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()
 

@@ -102,6 +102,7 @@ def test_every_column_is_charged_for_the_word_it_would_say_and_prompts_less():
     loss = word_loss(words, roll)
     uniform, sharp = torch.log(torch.tensor(5.0)), torch.log(4 + torch.e**2 * torch.ones(())) - 2
     torch.testing.assert_close(loss, torch.stack([sharp, uniform, uniform, sharp])[None])
+    torch.testing.assert_close(word_loss(words, roll, charge_thinking=False), torch.stack([0 * sharp, uniform, uniform, sharp])[None])
     torch.testing.assert_close(weighted(loss, roll, torch.tensor([3]), 0.1), sharp + 0.1 * (sharp + 2 * uniform) / 3)
 
 
