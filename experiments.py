@@ -57,7 +57,7 @@ def prices() -> dict:
     """The think cost, two layers, two seeds."""
     return {
         f"price {price}": {f"{price}_{s}": [*CHAIN, f"--think_cost={price}", f"--seed={s}"] for s in SEEDS[:2]}
-        for price in (0.0, 0.02, 0.1, 0.3, 1.0, 3.0)
+        for price in (0.0, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0)
     }
 
 
@@ -151,6 +151,30 @@ def table(folders: dict[str, list[Path]]) -> None:
         print("| " + " | ".join([*cells, spread([r["seconds"] for _, r in rs], 0)]) + " |")
 
 
+def draw_frontier(folders: dict[str, list[Path]], path: Path) -> None:
+    """Left: answers right against thoughts a row, over all trained lengths. Right: thoughts a row by length. One colour a price."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (a, b) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for i, (row, runs) in enumerate(folders.items()):
+        colour = plt.cm.viridis(i / max(1, len(folders) - 1))
+        for j, run_folder in enumerate(runs):
+            report = json.loads((run_folder / "report.json").read_text())
+            levels = [str(n) for n in report["trained_levels"]]
+            policy = report["modes"]["policy"]
+            right, thoughts = ([policy[part][n] for n in levels] for part in ("accuracy", "thoughts_per_row"))
+            a.plot(sum(thoughts) / len(levels), sum(right) / len(levels), "o", color=colour, label=None if j else row)
+            b.plot(report["trained_levels"], thoughts, marker="o", ms=3, color=colour)
+    a.set(xlabel="thoughts a row, mean over trained lengths", ylabel="answers right", ylim=(0, 1.03), title="what thinking buys")
+    a.legend(fontsize=8)
+    b.set(xlabel="operations", ylabel="thoughts a row", title="where it is spent")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def main(argv: list[str]) -> None:
     config = load_config([a for a in argv if a.startswith("--")], ExperimentConfig)
     names = [a for a in argv if not a.startswith("--")]
@@ -163,7 +187,10 @@ def main(argv: list[str]) -> None:
             prepare_data(options)
         with ThreadPoolExecutor(config.jobs) as pool:
             list(pool.map(lambda one: train_one(*one), runs))
-        table({row: [Path("out") / name / run_name for run_name in some] for row, some in rows.items()})
+        folders = {row: [Path("out") / name / run_name for run_name in some] for row, some in rows.items()}
+        table(folders)
+        if name == "prices":
+            draw_frontier(folders, Path("out") / name / "frontier.png")
 
 
 if __name__ == "__main__":
