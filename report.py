@@ -28,7 +28,7 @@ class ReportConfig:
     run: str = "out/chain"  # folder of the checkpoint; the report is written there
     plain: str = ""  # folder of a plain model's checkpoint, to stand beside it
     data: str = ""  # folder of the data, if it is not where the checkpoint was trained
-    windows: str = "5,8,16"  # columns in view, for the bounded figures
+    windows: str = "8,16"  # columns in view, for the bounded figures
     rows: int = 200  # rows a level
     longest: int = 128  # levels above this one are tried in the windows only
     device: str = "auto"
