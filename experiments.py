@@ -134,8 +134,8 @@ def table(folders: dict[str, list[Path]]) -> None:
     top = max(r["trained_levels"][-1] for rs in reports.values() for _, r in rs)
     half, far = max(1, top // 2), 128
     modes = ("never", "random", "constant", "swapped")
-    window = max(max(map(int, r["windows"])) for rs in reports.values() for _, r in rs)
-    head = ["", "seeds", f"1 to {top}, worst", f"{half}", f"{top}", f"{far}", *(f"{far}, window {w}" for w in (8, window)), f"1024, window {window}"]
+    narrow, wide = 8, 16  # report.py's windows
+    head = ["", "seeds", f"1 to {top}, worst", f"{half}", f"{top}", f"{far}", *(f"{far}, window {w}" for w in (narrow, wide)), f"1024, window {narrow}"]
     head += [f"{m}, {top}" for m in modes] + [f"thoughts at {n}" for n in (1, half, top)] + ["95% at 1 to 4 after", "seconds"]
     print("| " + " | ".join(head) + " |\n" + "| --- " * len(head) + "|")
     for row, rs in reports.items():
@@ -143,8 +143,8 @@ def table(folders: dict[str, list[Path]]) -> None:
         at = lambda part, n: [a for _, r in rs if (a := part(r).get("accuracy", {}).get(str(n))) is not None]  # noqa: E731
         worst = [min(a for n, a in mode(r)["accuracy"].items() if int(n) <= top) for _, r in rs]
         cells = [row, str(len(rs)), spread(worst), spread(at(mode, half)), spread(at(mode, top)), spread(at(mode, far))]
-        cells += [spread(at(lambda r: r["windows"].get(str(w), {}), far)) for w in (8, window)]
-        cells += [spread(at(lambda r: r["windows"].get(str(window), {}), 1024))]
+        cells += [spread(at(lambda r: r["windows"].get(str(w), {}), far)) for w in (narrow, wide)]
+        cells += [spread(at(lambda r: r["windows"].get(str(narrow), {}), 1024))]
         cells += [spread(at(lambda r: r["modes"].get(m, {}), top)) for m in modes]
         cells += [spread([mode(r)["thoughts_per_row"][str(n)] for _, r in rs], 1) for n in (1, half, top)]
         first = [first_time(f) for f, _ in rs]

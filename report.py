@@ -156,7 +156,7 @@ def draw(report: dict, metrics: list[dict], path: Path) -> None:
     figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     lines = dict(report["modes"])
     if report["windows"]:
-        window = max(report["windows"])
+        window = min(report["windows"])
         lines[f"policy, window of {window} columns"] = report["windows"][window]
     if "plain" in report:
         lines["plain GPT"] = report["plain"]
@@ -165,7 +165,8 @@ def draw(report: dict, metrics: list[dict], path: Path) -> None:
         a.plot([*line["accuracy"]], [*line["accuracy"].values()], label=name, marker="o", ms=4, lw=2.5 if bold else 1.2, ls="--" if "plain" in name else "-")
     a.axvspan(report["trained_levels"][0], report["trained_levels"][-1], color="0.92", label="trained lengths")
     a.set(xscale="log", ylim=(-0.02, 1.03), xlabel=report["level"], ylabel="answers right", title=report["task"])
-    a.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    a.set_xticks(ticks := [2**i for i in range(11)], ticks)
+    a.minorticks_off()
     a.legend(fontsize=8)
     if m := report.get("meaning"):
         counts = torch.tensor(m["counts"], dtype=torch.double)
@@ -174,13 +175,13 @@ def draw(report: dict, metrics: list[dict], path: Path) -> None:
             b.imshow((counts / counts.sum(0).clamp(min=1)).T[:, order], aspect="auto", cmap="Blues", vmin=0, vmax=1)
         b.set_xticks(range(len(order)), order)
         b.set_yticks(range(len(m["values"])), m["values"])
-        b.set(xlabel="thought", ylabel=m["label"], title=f"share of each thought, given the {m['label']}: {m['mutual_information']:.2f} of {m.get('label_entropy', 0):.2f} nats")
+        b.set(xlabel="thought", ylabel=m["label"], title=f"what thoughts mean: {m['mutual_information']:.2f} of {m.get('label_entropy', 0):.2f} nats of the {m['label']}")
     else:
         b.axis("off")
     if "policy" in report["modes"]:
         line = report["modes"]["policy"]["thoughts_per_row"]
-        c.plot([*line], [*line.values()], marker="o", ms=4)
-        c.set(xscale="log", yscale="symlog", xlabel=report["level"], ylabel="thoughts a row", title="how much it thinks")
+        c.plot(report["trained_levels"], [line[n] for n in report["trained_levels"]], marker="o", ms=4)
+        c.set(xlabel=report["level"], ylabel="thoughts a row", ylim=(0, None), title="how much it thinks")
     else:
         c.axis("off")
     checks = [m for m in metrics if "validation" in m]
