@@ -335,9 +335,12 @@ def load_weights(model: GPT, weights: dict) -> None:
 def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]:
     """A trained model from its checkpoint alone -> model in evaluation mode, vocabulary, the checkpoint."""
     state = load_checkpoint(folder, device)
-    model = GPT(model_config(len(state["meta"]["vocab"]), Config(**state["config"]))).to(device)
-    load_weights(model, state["model"])
-    return model.eval(), Vocabulary(state["meta"]), state
+    try:
+        model = GPT(model_config(len(state["meta"]["vocab"]), Config(**state["config"]))).to(device)
+        load_weights(model, state["model"])
+        return model.eval(), Vocabulary(state["meta"]), state
+    except (KeyError, TypeError):
+        raise DataError(f"the checkpoint in {folder} was written by another program or version") from None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -392,7 +395,7 @@ class Trainer:
             raise FloatingPointError(f"the loss is {loss.item()}, its gradient {norm}, at step {self.step}: a lower --lr may help; nothing was saved since")
         self.optimiser.step()
         log |= {"step": self.step, "paid": self.paid, "level": levels[-1], "thoughts_per_token": (roll.thinks.sum() / roll.speaks.sum()).item()}
-        log["columns"] = roll.valid.sum().item()
+        log["tokens"] = roll.speaks.sum().item()
         self.grow(batch, log.pop("row_loss"))
         if c.n_think:
             self.split(roll)
@@ -439,8 +442,8 @@ class Trainer:
         }
 
     def load_state(self, state: dict) -> None:
-        if state["meta"] != self.meta:
-            raise DataError(f"the checkpoint was trained on other data ({state['meta']['task']}) than {self.config.data} holds now")
+        if state.get("meta") != self.meta:
+            raise DataError(f"the checkpoint was trained on other data than {self.config.data} holds now")
         load_weights(self.model, state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         for name, value in state["progress"].items():
@@ -464,22 +467,22 @@ def train(trainer: Trainer) -> bool:
     config, out = trainer.config, Path(trainer.config.out)
     stop = []
     former = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
-    started, mark, columns = time.monotonic() - trainer.seconds, (time.monotonic(), trainer.step), 0
+    started, mark, tokens = time.monotonic() - trainer.seconds, (time.monotonic(), trainer.step), 0
     with open(out / "metrics.jsonl", "a", buffering=1) as metrics:
         while trainer.step < config.steps and not stop:
             log = trainer.train_step()
             trainer.seconds = time.monotonic() - started
-            columns += log.pop("columns")
+            tokens += log.pop("tokens")
             last = trainer.step == config.steps
             if trainer.step % config.log_every == 0 or last:
                 now, steps = time.monotonic(), trainer.step - mark[1]
-                rate, left = columns / (now - mark[0]), (now - mark[0]) / steps * (config.steps - trainer.step)
+                rate, left = tokens / (now - mark[0]), (now - mark[0]) / steps * (config.steps - trainer.step)
                 print(progress_line(log, config, rate, left), flush=True)
                 if trainer.step % config.eval_every == 0 or last:
                     log["validation"] = trainer.validate()
                     print("  validation by level: " + "  ".join(f"{k}: {a:.3f}" for k, a in log["validation"].items()), flush=True)
                 metrics.write(json.dumps(log | {"seconds": round(trainer.seconds, 2), "tokens_per_second": round(rate)}) + "\n")
-                mark, columns = (time.monotonic(), trainer.step), 0
+                mark, tokens = (time.monotonic(), trainer.step), 0
             if trainer.step % config.save_every == 0 or last or stop:
                 save_checkpoint(out / "checkpoint.pt", trainer.state())
     for number, handler in former.items():

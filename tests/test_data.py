@@ -156,6 +156,8 @@ def test_every_bad_input_gets_one_sentence(chains, tmp_path):
         assert "damaged" in refused("sample.py", f"--run={trained}", "1+1=")
         assert "damaged" in refused("train.py", *common, "--steps=4", f"--out={trained}", "--resume=true")
     assert checkpoint.read_bytes() == b"not a checkpoint", "nothing is overwritten by a failed run"
+    torch.save({"weights": torch.zeros(3)}, checkpoint)
+    assert "another program" in refused("sample.py", f"--run={trained}", "1+1=")
 
     rows = tmp_path / "rows.txt"
     rows.write_text("1=1\n" * 30 + "two equals = a = b\n")
