@@ -58,7 +58,7 @@ def prices() -> dict:
     """The think cost, two layers, one seed."""
     return {
         f"price {price}": {f"{price}_{s}": [*CHAIN, f"--think_cost={price}", f"--seed={s}"] for s in SEEDS[:1]}
-        for price in (0.0, 0.02, 0.05, 0.1, 0.3, 1.0, 3.0)
+        for price in (0.0, 0.02, 0.05, 0.2, 0.5, 2.0)
     }
 
 
@@ -68,14 +68,16 @@ def moduli() -> dict:
 
 
 def addition() -> dict:
-    """Plain multi-digit addition: thoughts against plain, forwards and reversed, one seed."""
-    return {
-        f"{kind}, {order}": {
-            f"{kind}_{order}_{s}": ["config/addition.toml", f"--data=out/data/addition_{order}", *options, f"--seed={s}"] for s in SEEDS[:1]
-        }
-        for order in ("forwards", "reversed")
-        for kind, options in (("thinking", []), ("plain", ["--n_think=0"]))
+    """Plain multi-digit addition, forwards and reversed: thoughts against plain, two layers, one seed."""
+    rows = {
+        "plain": ["--n_think=0"],
+        "thinking, half of the rows forget": [],
+        "thinking, nothing forgotten": ["--forget=0", "--forget_paid=0"],
+        "reversed, plain": ["--n_think=0", "--data=out/data/addition_reversed"],
+        "reversed, thinking, half of the rows forget": ["--data=out/data/addition_reversed"],
     }
+    base = ["config/addition.toml", "--data=out/data/addition_forwards"]
+    return {row: {str(i): [*base, *options, "--seed=1"]} for i, (row, options) in enumerate(rows.items())}
 
 
 SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition)}
@@ -99,7 +101,7 @@ def call(command: list[str], log: Path | None = None) -> bool:
 
 def prepare_data(options: list[str]) -> None:
     """Make the data that a run's options name, unless it is there."""
-    folder = next((o.partition("=")[2] for o in options if o.startswith("--data=")), "data/arithmetic")
+    folder = next((o.partition("=")[2] for o in reversed(options) if o.startswith("--data=")), "data/arithmetic")
     if not (Path(folder) / "meta.json").exists():
         print(f"preparing {folder}", flush=True)
         call(["data/arithmetic/prepare.py", f"--out={folder}", *DATA.get(Path(folder).name, [])])
