@@ -28,11 +28,11 @@ class ExperimentConfig:
 
 
 def seeds() -> dict:
-    """{row of the table: {run: options}} for thinking and plain models of two layers and one, five seeds."""
-    kinds = {"thinking": CHAIN, "plain": PLAIN}
-    return {
-        f"{kind}, {layers} layer{'s' * (layers > 1)}": {f"{kind}{layers}_{s}": [*options, f"--n_layer={layers}", f"--seed={s}"] for s in SEEDS}
-        for kind, options in kinds.items()
+    """Thinking and plain models of two layers and one, five seeds."""
+    kinds = {"thinking": CHAIN, "plain": PLAIN, "plain, all lengths from the start": [*PLAIN, "--curriculum=false"]}
+    return {  # {row of the table: {run: options}}, as in every set
+        f"{kind}, {layers} layer{'s' * (layers > 1)}": {f"{i}_{layers}_{s}": [*options, f"--n_layer={layers}", f"--seed={s}"] for s in SEEDS}
+        for i, (kind, options) in enumerate(kinds.items())
         for layers in (2, 1)
     }
 
