@@ -119,7 +119,7 @@ def spread(values: list[float], digits: int = 3) -> str:
     if not values:
         return "-"
     low, high, mean = min(values), max(values), sum(values) / len(values)
-    return f"{mean:.{digits}f}" if low == high else f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{mean:.{digits}f}" if low == high else f"{mean:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def first_time(folder: Path, share: float = 0.95, up_to: int = 4) -> float | None:
@@ -131,27 +131,40 @@ def first_time(folder: Path, share: float = 0.95, up_to: int = 4) -> float | Non
     return None
 
 
-def table(folders: dict[str, list[Path]]) -> None:
-    reports = {row: [(f, json.loads((f / "report.json").read_text())) for f in fs if (f / "report.json").exists()] for row, fs in folders.items()}
-    top = max(r["trained_levels"][-1] for rs in reports.values() for _, r in rs)
-    half, far = max(1, top // 2), 128
-    modes = ("never", "random", "constant", "swapped")
-    narrow, wide = 8, 16  # report.py's windows
-    head = ["", "seeds", f"1 to {top}, worst", f"{half}", f"{top}", f"{far}", *(f"{far}, window {w}" for w in (narrow, wide)), f"1024, window {narrow}"]
-    head += [f"{m}, {top}" for m in modes] + [f"thoughts at {n}" for n in (1, half, top)] + ["95% at 1 to 4 after", "seconds"]
-    print("| " + " | ".join(head) + " |\n" + "| --- " * len(head) + "|")
-    for row, rs in reports.items():
-        mode = lambda r: r["modes"].get("policy") or r["modes"]["never"]  # noqa: E731
-        at = lambda part, n: [a for _, r in rs if (a := part(r).get("accuracy", {}).get(str(n))) is not None]  # noqa: E731
-        worst = [min(a for n, a in mode(r)["accuracy"].items() if int(n) <= top) for _, r in rs]
-        cells = [row, str(len(rs)), spread(worst), spread(at(mode, half)), spread(at(mode, top)), spread(at(mode, far))]
-        cells += [spread(at(lambda r: r["windows"].get(str(w), {}), far)) for w in (narrow, wide)]
-        cells += [spread(at(lambda r: r["windows"].get(str(narrow), {}), 1024))]
-        cells += [spread(at(lambda r: r["modes"].get(m, {}), top)) for m in modes]
-        cells += [spread([mode(r)["thoughts_per_row"][str(n)] for _, r in rs], 1) for n in (1, half, top)]
-        first = [first_time(f) for f, _ in rs]
-        cells += [spread([t for t in first if t], 0) + (f", {first.count(None)} never" if None in first else "")]
-        print("| " + " | ".join([*cells, spread([r["seconds"] for _, r in rs], 0)]) + " |")
+def measure(report: dict, folder: Path) -> dict[str, float | None]:
+    """All numbers of one run by the names that COLUMNS uses; lengths mean answers right at that length."""
+    policy = report["modes"].get("policy") or report["modes"]["never"]
+    trained = [str(n) for n in report["trained_levels"]]
+    numbers = policy["accuracy"] | {"worst trained length": min(policy["accuracy"][n] for n in trained)}
+    numbers |= {f"{n}, window {w}": a for w, line in report["windows"].items() for n, a in line["accuracy"].items()}
+    numbers |= {f"{n}, {mode}": a for mode, line in report["modes"].items() for n, a in line["accuracy"].items()}
+    numbers |= {f"thoughts at {n}": t for n, t in policy["thoughts_per_row"].items()}
+    numbers |= {"nats of the value in a thought": report.get("meaning", {}).get("mutual_information")}
+    return numbers | {"95% at 1 to 4, seconds": first_time(folder), "seconds": report["seconds"]}
+
+
+LEARNING = ["95% at 1 to 4, seconds", "seconds"]
+COLUMNS = {  # the tables of each set
+    "seeds": [
+        ["worst trained length", "8", "12", "128", "128, window 8", "128, window 16", "1024, window 8", *LEARNING],
+        ["8", "8, never", "8, random", "8, constant", "8, swapped", "nats of the value in a thought", "thoughts at 1", "thoughts at 4", "thoughts at 8"],
+    ],
+    "ablations": [["2", "4", "8", "128, window 8", "8, swapped", "nats of the value in a thought", *LEARNING]],
+    "prices": [["1", "2", "4", "8", "128, window 8", "8, never", *(f"thoughts at {n}" for n in (1, 2, 4, 8))]],
+    "moduli": [["worst trained length", "8", "12", "128, window 8", "1024, window 8", "8, never", "8, swapped", "thoughts at 8", *LEARNING]],
+    "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
+}
+
+
+def table(folders: dict[str, list[Path]], columns: list[str]) -> None:
+    """Print a Markdown table: a row a kind of run, its seeds' mean and range in each column."""
+    print("\n| | seeds | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 2) + "|")
+    for row, runs in folders.items():
+        done = [measure(json.loads((f / "report.json").read_text()), f) for f in runs if (f / "report.json").exists()]
+        known = [[x for numbers in done if (x := numbers.get(c)) is not None] for c in columns]
+        digits = [0 if "seconds" in c else 1 if "thoughts at" in c else 3 for c in columns]
+        cells = [spread(x, d) + (f" [{len(x)} of {len(done)}]" if 0 < len(x) < len(done) else "") for x, d in zip(known, digits)]
+        print(f"| {row} | {len(done)} | " + " | ".join(cells) + " |")
 
 
 def draw_frontier(folders: dict[str, list[Path]], path: Path) -> None:
@@ -191,7 +204,8 @@ def main(argv: list[str]) -> None:
         with ThreadPoolExecutor(config.jobs) as pool:
             list(pool.map(lambda one: train_one(*one), runs))
         folders = {row: [Path("out") / name / run_name for run_name in some] for row, some in rows.items()}
-        table(folders)
+        for columns in COLUMNS[name]:
+            table(folders, columns)
         if name == "prices":
             draw_frontier(folders, Path("out") / name / "frontier.png")
 

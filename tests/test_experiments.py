@@ -15,7 +15,7 @@ def test_every_run_of_every_set_has_a_valid_config(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = experiments.SETS[name]()
     runs = [(run_name, options) for row in rows.values() for run_name, options in row.items()]
-    assert len({run_name for run_name, _ in runs}) == len(runs)
+    assert name in experiments.COLUMNS and len({run_name for run_name, _ in runs}) == len(runs)
     for _, options in runs:
         config = load_config(options)
         assert config.data == "data/arithmetic" or Path(config.data).name in experiments.DATA
@@ -27,5 +27,5 @@ def test_an_unknown_set_is_refused_with_the_names_there_are():
 
 
 def test_the_spread_over_seeds_by_hand():
-    assert experiments.spread([0.5, 1.0]) == "0.750 (0.500 to 1.000)"
+    assert experiments.spread([0.5, 1.0]) == "0.750 (0.500-1.000)"
     assert experiments.spread([1.0]) == "1.000" and experiments.spread([]) == "-"
