@@ -80,6 +80,7 @@ class Config:
     forget_paid: float = 0.8  # the same, once they are paid
     cut_last: float = 0.5  # share of cuts put as late as they can be, so that one thought must tell all
     charge_thinking: bool = True  # charge a column that thinks, too, for the word it would have said
+    imitate: float = 0.1  # weight of thinking in pass 2, behind the cut, what was thought in full view
     split_every: int = 60  # steps between splits of an overused thought, while levels are still being added; 0 never
     free: float = 0.4  # share of the steps, at least, in which thoughts are free and the gate is not trained
     think_cost: float = 0.05  # price of a thought, in nats
@@ -229,6 +230,12 @@ def policy_gradient(log_probability: Tensor, advantage: Tensor, where: Tensor) -
     return -(advantage.detach() * log_probability * where).sum() / where.sum().clamp(min=1)
 
 
+def thought_log_probability(thoughts: Tensor, roll: Rollout, vocab_size: int) -> Tensor:
+    """(B, C, K) logits -> (B, C): log p of the thought that follows each column, in nats; 0 where none does."""
+    chosen = F.pad(roll.stream[:, 1:] - vocab_size, (0, 1)).clamp(min=0)
+    return thoughts.log_softmax(dim=-1).gather(2, chosen[..., None])[..., 0] * roll.thinks
+
+
 def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: bool, generator=None) -> tuple[Tensor, dict]:
     """All of a training step but the rollout and the optimiser -> loss, {name: number} and "row_loss" (B,) for the log."""
     answer = roll.valid & (roll.pointer >= batch.prompt[:, None])  # (B, C) columns that would say a token of the answer
@@ -246,6 +253,11 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         mean_kept = weighted(loss_kept, roll, batch.prompt, config.prompt_weight)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()
 
+        column = torch.arange(x.size(1), device=cut.device)
+        behind = roll.thinks & (cut > 0)[:, None] & (column >= cut[:, None])
+        imitation = (thought_log_probability(kept.thoughts, roll, model.config.vocab_size) * behind).sum() / behind.sum().clamp(min=1)
+        loss = loss - config.imitate * imitation  # with the past forgotten, think what was thought in full view
+
     weight = torch.where(answer, 1.0, config.prompt_weight)
     if paid:  # when to think
         returns = return_to_go(loss_full.detach() * weight, roll, config.think_cost)
@@ -253,8 +265,7 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         loss = loss + config.gate_weight * policy_gradient(action, returns - leave_one_out(returns, roll, config.rollouts), roll.decides)
     if model.config.n_think and config.thought_grad == "reinforce":  # what to think, without the echo
         returns = return_to_go(loss_kept.detach() * weight, roll, 0.0)
-        chosen = F.pad(roll.stream[:, 1:] - model.config.vocab_size, (0, 1)).clamp(min=0)  # the thought that follows a column
-        action = full.thoughts.log_softmax(-1).gather(2, chosen[..., None])[..., 0]
+        action = thought_log_probability(full.thoughts, roll, model.config.vocab_size)
         loss = loss + policy_gradient(action, returns - leave_one_out(returns, roll, config.rollouts), roll.thinks)
 
     log["row_loss"] = (loss_kept.detach() * answer).sum(dim=1) / answer.sum(dim=1).clamp(min=1)

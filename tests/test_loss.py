@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from data.dataset import Batch
 from model import Rollout, Thinking, rollout
 from train import (
-    Config, draw_cuts, echo, forgetting_mask, hybrid_loss, leave_one_out, policy_gradient, return_to_go, weighted, word_loss,
+    Config, draw_cuts, echo, forgetting_mask, hybrid_loss, leave_one_out, policy_gradient, return_to_go, thought_log_probability, weighted,
+    word_loss,
 )  # fmt: skip
 
 
@@ -106,6 +107,13 @@ def test_every_column_is_charged_for_the_word_it_would_say_and_prompts_less():
     torch.testing.assert_close(weighted(loss, roll, torch.tensor([3]), 0.1), sharp + 0.1 * (sharp + 2 * uniform) / 3)
 
 
+def test_the_log_probability_of_a_thought_is_read_from_the_column_before_it():
+    roll = roll_of([[0, 5, 1, 7]], [[0, 1, 2]])
+    thoughts = torch.randn(1, 4, 3)
+    expected = [thoughts[0, 0].log_softmax(-1)[0], 0.0, thoughts[0, 2].log_softmax(-1)[2], 0.0]
+    torch.testing.assert_close(thought_log_probability(thoughts, roll, 5)[0], torch.tensor(expected))
+
+
 def test_return_to_go_and_price_by_hand():
     roll = roll_of([[0, 5, 1, 6, 2]], [[0, 1, 2, 3]])
     loss = torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0]])  # what columns 0 and 2 would have lost counts for nothing: they think
@@ -140,9 +148,7 @@ def log_probability(model, roll, gate_only=False):
     """Of all that a rollout decided -> (gate actions (B,), thoughts (B,))."""
     out = model(roll.stream)
     gate = F.logsigmoid(torch.where(roll.thinks, out.gate, -out.gate)) * roll.decides
-    chosen = F.pad(roll.stream[:, 1:] - model.config.vocab_size, (0, 1)).clamp(min=0)
-    thought = out.thoughts.log_softmax(-1).gather(2, chosen[..., None])[..., 0] * roll.thinks
-    return gate, thought, out
+    return gate, thought_log_probability(out.thoughts, roll, model.config.vocab_size), out
 
 
 @pytest.mark.parametrize("grouped", [False, True])
