@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.dataset import Batch, DataError, Rows, Vocabulary, load_meta, load_rows
-from model import GPT, GPTConfig, Output, Rollout, Thinking, rollout
+from data.dataset import Batch, DataError, Vocabulary, load_meta, load_rows
+from model import GPT, GPTConfig, Rollout, Thinking, rollout
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -75,7 +75,7 @@ class Config:
     hold: float = 1.0  # probability of thinking as long as thoughts are free
     gate_init: float = 0.95  # the gate's own, when it takes over
     thought_grad: str = "echo"  # echo | reinforce
-    echo_scale: float = 1.0
+    echo_scale: float = 1.0  # of the echo's gradient
     forget: float = 1.0  # share of rows that forget, while thoughts are free
     forget_paid: float = 0.8  # the same, once they are paid
     cut_last: float = 0.5  # share of cuts put as late as they can be, so that one thought must tell all
