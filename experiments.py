@@ -47,7 +47,6 @@ def ablations() -> dict:
         "words charged only where spoken": ["--charge_thinking=false"],
         "no imitation": ["--imitate=0"],
         "no splitting": ["--split_every=0"],
-        "gate held at 0.9, not 1, while free": ["--hold=0.9"],
         "one token a character": ["--data=out/data/characters", "--n_think=48"],
         "one token a character, thoughts after digits only": ["--data=out/data/characters_digits"],
     }
@@ -73,7 +72,6 @@ def addition() -> dict:
     rows = {
         "plain": ["--n_think=0"],
         "thinking, half of the rows forget": [],
-        "thinking, nothing forgotten": ["--forget=0", "--forget_paid=0"],
         "reversed, plain": ["--n_think=0", "--data=out/data/addition_reversed"],
         "reversed, thinking, half of the rows forget": ["--data=out/data/addition_reversed"],
     }
