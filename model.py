@@ -196,7 +196,7 @@ class Thinking:
 
     mode: str = "policy"  # policy | never | random | constant | swapped (with the next row of the batch)
     hold: float | None = None  # the gate held at this probability, instead of asked
-    greedy: bool = False  # think where the gate says more than 1/2; take the likeliest thought and word
+    greedy: bool = False  # think where the gate, if asked, says more than 1/2; take the likeliest thought and word
     max_run: int = 1  # thoughts in a row, at most
     after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None is all
     constant: int = 0  # the thought that mode `constant` always thinks, 0 .. K-1
@@ -243,6 +243,8 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
     if thinking.after is not None:
         may_follow[:V] = thinking.after
     runs = thinking.max_run if K and thinking.mode != "never" else 0
+    if not runs and (given >= length).all():
+        return without_thoughts(real, length)
     columns = int(length.max()) * (1 + runs)
     cache = KVCache(model.config, B, columns, thinking.window, device)
     token, pointer, run = real[:, 0], torch.ones(B, dtype=torch.long, device=device), torch.zeros_like(given)
@@ -269,11 +271,20 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
     return Rollout(*(torch.stack(part, dim=1) for part in zip(*record)), real, length)
 
 
+def without_thoughts(real: Tensor, length: Tensor) -> Rollout:
+    """The rollout of rows that are given to their end and never think: nothing is drawn, so all columns are known at once."""
+    column = torch.arange(int(length.max()) - 1, device=real.device)
+    pointer = torch.minimum(column + 1, length[:, None])  # (B, C)
+    stream = real.gather(1, torch.minimum(column, length[:, None]).clamp(max=real.size(1) - 1))
+    nowhere = torch.zeros_like(pointer, dtype=torch.bool)
+    return Rollout(stream, pointer, nowhere, nowhere, pointer < length[:, None], real, length)
+
+
 def think_now(gate: Tensor, thinking: Thinking, generator=None) -> Tensor:
     """(B,) gate logits -> (B,) bool."""
     if thinking.hold is not None:
         gate = torch.full_like(gate, thinking.hold).logit()
-    if thinking.greedy:
+    elif thinking.greedy:
         return gate > 0
     return torch.rand(gate.shape, generator=generator, device=gate.device) < gate.sigmoid()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.dataset import DataError, Rows, Vocabulary, load_rows
+from data.dataset import DataError, Rows, Vocabulary, load_split
 from model import GPT, Thinking, rollout
 from train import Config, evaluate, load_config, load_model, pick_device, run
 
@@ -95,9 +95,9 @@ def make_report(config: ReportConfig) -> dict:
     model, vocabulary, state = load_model(config.run, config.device)
     trained = Config(**state["config"])
     folder = config.data or trained.data
-    splits = [load_rows(folder, "val", vocabulary)]
+    splits = [load_split(folder, "val", vocabulary, trained.block)]
     if (Path(folder) / "test.bin").exists():
-        splits.append(load_rows(folder, "test", vocabulary))
+        splits.append(load_split(folder, "test", vocabulary, trained.block))
     report = {
         "task": state["meta"]["task"],
         "level": state["meta"]["level"],

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.dataset import Batch, DataError, Vocabulary, load_meta, load_rows
+from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split
 from model import GPT, GPTConfig, Rollout, Thinking, rollout
 
 # ----------------------------------------------------------------------------------------------
@@ -42,6 +42,7 @@ from model import GPT, GPTConfig, Rollout, Thinking, rollout
 @dataclass
 class Config:
     data: str = "data/arithmetic"  # folder with meta.json, train.bin, val.bin
+    block: int = 64  # tokens in a window of a text; rows have lengths of their own
     out: str = "out/chain"  # folder for everything that is written
     plain: str = ""  # folder of a finished plain run, shown beside this one in the report
     resume: bool = False  # go on from the checkpoint in `out`
@@ -79,6 +80,7 @@ class Config:
     forget: float = 1.0  # share of rows that forget, while thoughts are free
     forget_paid: float = 0.8  # the same, once they are paid
     cut_last: float = 0.5  # share of cuts put as late as they can be, so that one thought must tell all
+    cut_every: int = 0  # real tokens from cut to cut, on average, in a row that forgets; 0 is one cut a row
     charge_thinking: bool = True  # charge a column that thinks, too, for the word it would have said
     imitate: float = 0.1  # weight of thinking in pass 2, behind the cut, what was thought in full view
     split_every: int = 60  # steps between splits of an overused thought, while levels are still being added; 0 never
@@ -142,28 +144,31 @@ def pick_device(name: str) -> str:
 # forgetting and echo
 
 
-def draw_cuts(roll: Rollout, prompt: Tensor, forget: float, last: float, generator=None) -> Tensor:
+def draw_cuts(roll: Rollout, prompt: Tensor, forget: float, last: float = 0.0, every: int = 0, generator=None) -> Tensor:
     """
-    -> (B,) the first column that stays in view, 0 where the row forgets nothing.
+    -> (B, C) bool, True at a cut: the first column that stays in view.
 
-    The cut falls right after a real token of the prompt (never its last one) that a thought follows, so that this thought
-    is the first thing in view. Any such place is as likely as another; a share `last` of the rows takes the last.
+    A cut falls right after a real token of the prompt (never its last one) that a thought follows, so that this thought
+    is the first thing in view. A share `forget` of the rows forgets. With `every` = 0 there is one cut a row and any such place is as
+    likely as another, but a share `last` of the rows takes the last; otherwise each place is a cut with probability 1 / every.
     """
     B, C = roll.stream.shape
     column = torch.arange(C, device=roll.stream.device)
     eligible = roll.thinks & roll.holds_real & (roll.pointer < prompt[:, None])
     draw = lambda *shape: torch.rand(shape, generator=generator, device=roll.stream.device)  # noqa: E731
-    score = torch.where(draw(B, 1) < last, column / C, draw(B, C))
-    cut = score.masked_fill(~eligible, -1).argmax(dim=1) + 1
-    return torch.where(eligible.any(dim=1) & (draw(B) < forget), cut, 0)
+    if every:
+        cut = draw(B, C) < 1 / every
+    else:
+        score = torch.where(draw(B, 1) < last, column / C, draw(B, C))
+        cut = column == score.masked_fill(~eligible, -1).argmax(dim=1, keepdim=True)
+    cut = cut & eligible & (draw(B, 1) < forget)
+    return F.pad(cut[:, :-1], (1, 0))  # the thought stands one column behind the token it follows
 
 
-def forgetting_mask(cut: Tensor, columns: int) -> Tensor:
-    """(B,) cuts -> (B, 1, C, C), True where a query sees a key: causal, and from the cut on only columns from the cut on."""
-    column = torch.arange(columns, device=cut.device)
-    kept = column >= cut[:, None]  # (B, C)
-    causal = column[:, None] >= column
-    return (causal & (kept[:, None, :] | ~kept[:, :, None]))[:, None]
+def forgetting_mask(cut: Tensor) -> Tensor:
+    """(B, C) cuts -> (B, 1, C, C), True where a query sees a key: causal, and not across a cut."""
+    segment = cut.cumsum(dim=1)  # (B, C)
+    return ((segment[:, :, None] == segment[:, None, :]).tril())[:, None]
 
 
 def echo(model: GPT, roll: Rollout, thoughts: Tensor, scale: float = 1.0) -> Tensor:
@@ -247,14 +252,13 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
 
     if model.config.n_think:  # pass 2
         x = echo(model, roll, full.thoughts, config.echo_scale) if config.thought_grad == "echo" else roll.stream
-        cut = draw_cuts(roll, batch.prompt, config.forget_paid if paid else config.forget, config.cut_last, generator)
-        kept = model(x, mask=forgetting_mask(cut, x.size(1)))
+        cut = draw_cuts(roll, batch.prompt, config.forget_paid if paid else config.forget, config.cut_last, config.cut_every, generator)
+        kept = model(x, mask=forgetting_mask(cut))
         loss_kept = word_loss(kept.words, roll, config.charge_thinking)
         mean_kept = weighted(loss_kept, roll, batch.prompt, config.prompt_weight)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()
 
-        column = torch.arange(x.size(1), device=cut.device)
-        behind = roll.thinks & (cut > 0)[:, None] & (column >= cut[:, None])
+        behind = roll.thinks & (cut.cumsum(dim=1) > 0)
         imitation = (thought_log_probability(kept.thoughts, roll, model.config.vocab_size) * behind).sum() / behind.sum().clamp(min=1)
         loss = loss - config.imitate * imitation  # with the past forgotten, think what was thought in full view
 
@@ -309,6 +313,15 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None) -> tu
     roll = rollout(model, batch.real, batch.prompt, batch.length, thinking, generator)
     model.train()
     return roll, (roll.real == batch.real).all(dim=1)
+
+
+@torch.no_grad()
+def token_loss(model: GPT, roll: Rollout) -> Tensor:
+    """-> (B, T - 1): -log p of each real token but the first where it was said, in nats; 0 behind a row's end. Everything in view."""
+    model.eval()
+    loss = word_loss(model(roll.stream).words, roll, charge_thinking=False)
+    model.train()
+    return loss.new_zeros(len(loss), roll.real.size(1) + 1).scatter_add(1, roll.pointer, loss)[:, 1:-1]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -367,7 +380,7 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.meta = load_meta(config.data)
         self.vocabulary = Vocabulary(self.meta)
-        self.train_rows, self.val_rows = (load_rows(config.data, split, self.vocabulary) for split in ("train", "val"))
+        self.train_rows, self.val_rows = (load_split(config.data, split, self.vocabulary, config.block) for split in ("train", "val"))
         torch.manual_seed(config.seed)
         try:
             self.model = GPT(model_config(len(self.meta["vocab"]), config)).to(self.device)
@@ -432,13 +445,14 @@ class Trainer:
             split_thought(self.model, self.optimiser, self.usage, self.generator)
 
     def validate(self) -> dict:
-        """{level: share of validation rows answered right}, greedy, with its own chance."""
-        own, accuracy = torch.Generator(self.device).manual_seed(0), {}
+        """{level: share of validation rows answered right, or nats a token where there is no answer}, greedy, with its own chance."""
+        own, result = torch.Generator(self.device).manual_seed(0), {}
         for level in self.val_rows.levels:
             batch = self.val_rows.first(self.config.eval_rows, level).to(self.device)
-            thinking = dataclasses.replace(self.thinking, greedy=True)
-            accuracy[level] = round(evaluate(self.model, batch, thinking, own)[1].float().mean().item(), 4)
-        return accuracy
+            roll, right = evaluate(self.model, batch, dataclasses.replace(self.thinking, greedy=True), own)
+            asked = (batch.prompt < batch.length).any()
+            result[level] = round((right.float().mean() if asked else token_loss(self.model, roll).mean()).item(), 4)
+        return result
 
     # everything that a resumed run needs to equal one that was never stopped
     def state(self) -> dict:

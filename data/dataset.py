@@ -1,18 +1,20 @@
 """
-Rows of tokens on disk and in batches; shared by every prepare.py, train.py and sample.py.
+Rows or windows of tokens on disk and in batches; shared by every prepare.py, train.py and sample.py.
 
 A data set is a folder: meta.json, train.bin, val.bin and, where there is one, test.bin.
 
 meta.json
   task          what it is, in words
-  vocab         list of strings, one a token
-  row_end       the token that ends a row
-  answer_after  the token behind which the answer begins: that is what is graded
+  vocab         list of strings, one a token; or
+  encoding      what makes a tiktoken.Encoding: "gpt2", or its pattern and mergeable ranks
   level         what a row's level counts ("operations", "digits"): short problems first, accuracy by level
   think_after   tokens that a thought may follow; absent is all
+and where the data are rows with answers, not one long text
+  row_end       the token that ends a row
+  answer_after  the token behind which the answer begins: that is what is graded
 
 A .bin file is a header of 56 bytes (magic, version, rows, tokens, SHA-256 of the rest), the token ids of all rows one behind
-the other (uint16), and the level of each row (uint16).
+the other (uint16), and the level of each row (uint16). A text has no rows.
 """
 
 import hashlib
@@ -62,7 +64,7 @@ class Batch(NamedTuple):
 
     real: Tensor  # (B, T) token ids
     length: Tensor  # (B,) real tokens in the row, row end included
-    prompt: Tensor  # (B,) tokens up to and with `answer_after`
+    prompt: Tensor  # (B,) tokens up to and with `answer_after`; a text has no answer and is all prompt
     level: Tensor  # (B,)
 
     def to(self, device) -> "Batch":
@@ -113,6 +115,33 @@ class Rows:
         return batch._replace(real=batch.real[:, : int(batch.length.max())])
 
 
+class Text:
+    """Windows of one long text, with the interface of Rows: a single level, and each window all prompt."""
+
+    def __init__(self, tokens: np.ndarray, block: int):
+        if block < 1 or len(tokens) <= block:
+            raise DataError(f"block = {block} does not fit a text of {len(tokens)} tokens")
+        self.tokens = torch.from_numpy(tokens.astype(np.int64))
+        self.block, self.levels = block, [block]
+
+    def longest(self, level: int) -> int:
+        """Predicted tokens in a window: its first token is given."""
+        return self.block
+
+    def draw(self, size: int, levels: list[int], generator: torch.Generator) -> Batch:
+        """`size` windows that begin anywhere."""
+        return self._take(torch.randint(len(self.tokens) - self.block, (size,), generator=generator))
+
+    def first(self, size: int, level: int) -> Batch:
+        """`size` windows spread evenly, or as many as there are without overlap."""
+        count = min(size, (len(self.tokens) - 1) // self.block)
+        return self._take(torch.arange(count) * ((len(self.tokens) - 1) // count))
+
+    def _take(self, start: Tensor) -> Batch:
+        length = torch.full_like(start, self.block + 1)
+        return Batch(self.tokens[start[:, None] + torch.arange(self.block + 1)], length, length, torch.full_like(start, self.block))
+
+
 class Vocabulary:
     """Strings to ids and back. Reads the longest token that fits, so that `+3` can be one token or two."""
 
@@ -120,7 +149,7 @@ class Vocabulary:
         self.meta, self.tokens = meta, meta["vocab"]
         self.index = {token: i for i, token in enumerate(self.tokens)}
         self.longest = max(map(len, self.tokens))
-        self.row_end, self.answer_after = self.index[meta["row_end"]], self.index[meta["answer_after"]]
+        self.row_end, self.answer_after = (self.index[meta[name]] if name in meta else -1 for name in ("row_end", "answer_after"))
 
     def encode(self, text: str) -> list[int]:
         """Raises DataError that names a character outside the vocabulary."""
@@ -157,5 +186,9 @@ def load_meta(folder: str) -> dict:
         raise DataError(f"{path} is not JSON (line {error.lineno}): prepare the data again") from None
 
 
-def load_rows(folder: str, split: str, vocabulary: Vocabulary) -> Rows:
-    return Rows(*read_bin(Path(folder) / f"{split}.bin"), vocabulary.row_end, vocabulary.answer_after)
+def load_split(folder: str, split: str, vocabulary: Vocabulary, block: int) -> Rows | Text:
+    """block: tokens in a window of a text; rows have lengths of their own."""
+    tokens, levels = read_bin(Path(folder) / f"{split}.bin")
+    if vocabulary.row_end < 0:
+        return Text(tokens, block)
+    return Rows(tokens, levels, vocabulary.row_end, vocabulary.answer_after)

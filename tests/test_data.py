@@ -8,12 +8,12 @@ import torch
 from conftest import call, prepare
 
 from data.arithmetic.prepare import addition, chain, distinct, probe, split
-from data.dataset import DataError, Vocabulary, load_meta, load_rows, read_bin, write_bin
+from data.dataset import DataError, Vocabulary, load_meta, load_split, read_bin, write_bin
 
 
 def load(folder):
     vocabulary = Vocabulary(load_meta(folder))
-    return vocabulary, {name: load_rows(folder, name, vocabulary) for name in ("train", "val", "test") if (folder / f"{name}.bin").exists()}
+    return vocabulary, {name: load_split(folder, name, vocabulary, 8) for name in ("train", "val", "test") if (folder / f"{name}.bin").exists()}
 
 
 def texts(rows, vocabulary):

@@ -36,15 +36,16 @@ def batch_of(roll, prompt):
 
 
 def test_the_mask_by_hand():
-    mask = forgetting_mask(torch.tensor([2, 0]), 4).int().tolist()
-    assert mask[0][0] == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert mask[1][0] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    one, none, two = forgetting_mask(torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()).int().tolist()
+    assert one[0] == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert none[0] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert two[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
 
 
 def test_nothing_before_the_cut_is_felt_behind_it_except_through_the_cuts_thought(tiny):
     model = tiny()
     x = torch.tensor([[1, 6, 2, 7, 3, 4]])  # the cut is at thought 7, column 3
-    mask = forgetting_mask(torch.tensor([3]), 6)
+    mask = forgetting_mask(torch.tensor([[0, 0, 0, 1, 0, 0]]).bool())
     before, thought = x.clone(), x.clone()
     before[0, :3] = torch.tensor([4, 5, 0])
     thought[0, 3] = 5
@@ -58,10 +59,14 @@ def test_cuts_fall_on_thoughts_right_after_real_tokens_of_the_prompt():
     roll = roll_of([[0, 5, 6, 1, 5, 2, 7, 3], [0, 1, 2, 3]], [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]])
     generator = torch.Generator().manual_seed(0)
     prompt = torch.tensor([3, 3])
-    cuts = torch.stack([draw_cuts(roll, prompt, 1.0, 0.0, generator) for _ in range(50)])
-    assert set(cuts[:, 0].tolist()) == {1, 4} and set(cuts[:, 1].tolist()) == {0}, "no thought, no cut"
-    assert draw_cuts(roll, prompt, 1.0, 1.0, generator).tolist() == [4, 0], "the last one that may be"
-    assert draw_cuts(roll, prompt, 0.0, 0.0, generator).tolist() == [0, 0]
+    cut = lambda *how: draw_cuts(roll, prompt, *how, generator=generator)  # noqa: E731
+    drawn = torch.stack([cut(1.0) for _ in range(50)])
+    assert (drawn[:, 0].sum(dim=1) == 1).all() and drawn[:, 0].any(dim=0).nonzero().flatten().tolist() == [1, 4]
+    assert not drawn[:, 1].any(), "no thought, no cut"
+    assert cut(1.0, 1.0).nonzero().tolist() == [[0, 4]], "the last one that may be"
+    assert not cut(0.0).any()
+    assert cut(1.0, 0.0, 1).nonzero().tolist() == [[0, 1], [0, 4]], "every = 1: all there are"
+    assert 20 < sum(int(cut(1.0, 0.0, 4).sum()) for _ in range(100)) < 80, "every = 4: a quarter of them, 50 expected"
 
 
 # ----------------------------------------------------------------------------------------------

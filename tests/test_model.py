@@ -154,6 +154,14 @@ def test_the_batched_rollout_equals_row_by_row(tiny, seed, window):
         assert roll.real[b].tolist() == said
 
 
+def test_rows_that_never_think_need_no_walk(tiny):
+    model = tiny()
+    real, length = torch.randint(5, (4, 6), generator=torch.Generator().manual_seed(0)), torch.tensor([6, 4, 5, 2])
+    walked = rollout(model, real, length, length, Thinking(hold=0.0))  # may think, and never does
+    for known, found in zip(rollout(model, real, length, length, Thinking(mode="never")), walked):
+        assert torch.equal(known, found & False) if found is walked.decides else torch.equal(known, found)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_sampled_rollout_equals_the_slow_one_draw_for_draw(tiny, seed):
     model = tiny(seed)
