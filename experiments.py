@@ -44,7 +44,7 @@ def ablations() -> dict:
         "thoughts learned by REINFORCE": ["--thought_grad=reinforce"],
         "no forgetting": ["--forget=0", "--forget_paid=0"],
         "no curriculum": ["--curriculum=false"],
-        "words charged only where spoken": ["--charge_thinking=false"],
+        "words charged only where spoken": ["--charge_thinking=0"],
         "no imitation": ["--imitate=0"],
         "no splitting": ["--split_every=0"],
         "one token a character": ["--data=out/data/characters", "--n_think=48"],

@@ -43,6 +43,7 @@ class GPTConfig:
     n_embd: int = 64
     dropout: float = 0.0
     rope_base: float = 100.0  # the longest wavelength of the rotary positions, in columns, over 2 pi
+    n_positions: int = 0  # 0: rotary positions; above: GPT-2's way, learned positions for so many columns, and its tanh GELU
     gate_init: float = 0.9  # probability of thinking of an untrained gate
 
 
@@ -84,10 +85,9 @@ class KVCache:
         return self.keys[layer, :, :, :seen], self.values[layer, :, :, :seen]
 
 
-def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """RoPE: turn the two halves of each head by position times frequency. x (B, nh, C, hs), angle (C, hs / 2)."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE: turn the two halves of each head by position times frequency. x (..., C, hs); cos, sin (C, hs / 2) of that angle."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
@@ -98,10 +98,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, angle, mask=None, cache=None, layer=0):
+    def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
         B, C, D = x.shape
-        q, k, v = self.qkv(x).view(B, C, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, C, hs)
-        q, k = rotate(q, angle), rotate(k, angle)
+        qkv = self.qkv(x).view(B, C, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, C, hs)
+        (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, nh, S, hs), S columns in view
         p = self.dropout if self.training else 0.0
@@ -116,11 +116,12 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.gelu = nn.GELU("tanh" if config.n_positions else "none")
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, *attend):
         x = x + self.drop(self.attention(self.norm1(x), *attend))
-        return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+        return x + self.drop(self.down(self.gelu(self.up(self.norm2(x)))))
 
 
 class GPT(nn.Module):
@@ -131,12 +132,14 @@ class GPT(nn.Module):
         if D % config.n_head or D // config.n_head % 2:
             raise ValueError(f"n_embd = {D} must split into n_head = {config.n_head} heads of even size")
         self.embedding = nn.Embedding(V + K, D)
+        self.position = nn.Embedding(config.n_positions, D) if config.n_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(D)
         self.head = nn.Linear(D, V + K)
         self.gate = nn.Linear(D, 1) if K else None
         self.drop = nn.Dropout(config.dropout)
         frequency = config.rope_base ** -torch.linspace(0, 1, D // config.n_head // 2 + 1)[:-1]
+        frequency = frequency * (not config.n_positions)
         self.register_buffer("frequency", frequency, persistent=False)  # (hs / 2,) radians per column
         self.apply(self._init)
 
@@ -161,10 +164,14 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         if start and x.size(1) > 1:
             raise ValueError("a cache that holds columns takes one column at a time")
+        if self.position is not None:
+            if start + x.size(1) > self.config.n_positions:
+                raise ValueError(f"learned positions end after {self.config.n_positions} columns")
+            x = x + self.position.weight[start : start + x.size(1)]
         angle = torch.arange(start, start + x.size(1), device=x.device)[:, None] * self.frequency  # (C, hs / 2)
-        x = self.drop(x)
+        cos, sin, x = angle.cos(), angle.sin(), self.drop(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, angle, mask, cache, layer)
+            x = block(x, cos, sin, mask, cache, layer)
         if cache is not None:
             cache.length += x.size(1)
         x = self.norm(x)
@@ -173,6 +180,23 @@ class GPT(nn.Module):
             return Output(words, thoughts, torch.full_like(words[..., 0], -torch.inf))
         # the gate reads the trunk but does not shape it: the noise of its policy gradient wears off what thoughts mean
         return Output(words, thoughts, self.gate(x.detach())[..., 0])
+
+    @torch.no_grad()
+    def adopt(self, weights: dict[str, Tensor]) -> None:
+        """
+        Begin with the weights of a model of the same words and fewer thoughts, or none: whatever it can say it says as before;
+        thoughts it lacks, and the gate, stay as they are. Raises ValueError where the shapes are of another model.
+        """
+        own = self.state_dict()
+        for name in ("embedding.weight", "head.weight", "head.bias"):
+            theirs, ours = weights[name], own[name]
+            if self.config.vocab_size <= len(theirs) <= len(ours) and theirs.shape[1:] == ours.shape[1:]:
+                weights = weights | {name: torch.cat([theirs.to(ours), ours[len(theirs) :]])}
+        missing = [name for name in own if name not in weights and not name.startswith("gate.")]
+        wrong = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
+        if missing or wrong:
+            raise ValueError(f"weights of another shape: {', '.join((missing + wrong)[:3])}")
+        self.load_state_dict(weights, strict=False)
 
     def optimiser(self, lr: float, gate_lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
         """AdamW; matrices decay, embeddings, biases and norms do not; the gate has a learning rate of its own."""
@@ -186,6 +210,22 @@ class GPT(nn.Module):
         return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas)
 
 
+def from_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of Hugging Face's GPT2LMHeadModel -> ours, for `adopt`. Their Conv1D keeps its matrices transposed; their head is tied."""
+    names = {"ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attention.qkv", "attn.c_proj": "attention.proj", "mlp.c_fc": "up", "mlp.c_proj": "down"}
+    word = weights["transformer.wte.weight"]
+    ours = {"embedding.weight": word, "head.weight": word, "head.bias": torch.zeros(len(word)), "position.weight": weights["transformer.wpe.weight"]}
+    for name, value in weights.items():
+        if name.startswith("transformer.ln_f."):
+            ours[name.replace("transformer.ln_f", "norm")] = value
+        if name.startswith("transformer.h."):
+            layer, _, rest = name.removeprefix("transformer.h.").partition(".")
+            module, _, kind = rest.rpartition(".")
+            if module in names:
+                ours[f"blocks.{layer}.{names[module]}.{kind}"] = value.T if value.ndim == 2 else value
+    return ours
+
+
 # ----------------------------------------------------------------------------------------------
 # the rollout: one column at a time, a thought or the next real token
 
@@ -195,7 +235,7 @@ class Thinking:
     """How a rollout thinks. All modes but `policy` take the thoughts, or their meaning, away."""
 
     mode: str = "policy"  # policy | never | random | constant | swapped (with the next row of the batch)
-    hold: float | None = None  # the gate held at this probability, instead of asked
+    hold: float | None = None  # runs of max_run thoughts, begun with this probability; the gate is not asked
     greedy: bool = False  # think where the gate, if asked, says more than 1/2; take the likeliest thought and word
     max_run: int = 1  # thoughts in a row, at most
     after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None is all
@@ -226,7 +266,7 @@ class Rollout(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: Thinking, generator=None, stop: int = -1) -> Rollout:
+def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: Thinking, generator=None, stop: int = -1, watch=None) -> Rollout:
     """
     Walk all rows from left to right, one column a step. Each row has its own pointer to its next real token.
     At every column the gate is sampled: either a thought is appended, or the next real token is. The first
@@ -234,6 +274,7 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
     for itself, and a row that says `stop` ends there. Training gives all (given = length), sampling a prompt.
 
     real: (B, T) ids, T >= length. generator: the source of all chance in here, so that evaluation never draws from training's.
+    watch: called with every new column's token ids (B,), thoughts included, as soon as they are chosen.
     """
     B, T = real.shape
     V, K = model.config.vocab_size, model.config.n_think
@@ -243,7 +284,7 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
     if thinking.after is not None:
         may_follow[:V] = thinking.after
     runs = thinking.max_run if K and thinking.mode != "never" else 0
-    if not runs and (given >= length).all():
+    if not runs and not watch and (given >= length).all():
         return without_thoughts(real, length)
     columns = int(length.max()) * (1 + runs)
     cache = KVCache(model.config, B, columns, thinking.window, device)
@@ -253,7 +294,7 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
         words, thoughts, gate = (y[:, -1] for y in model(token[:, None], cache=cache))  # (B, V), (B, K), (B,)
         valid = pointer < length
         decides = valid & (run < runs) & may_follow[token]
-        thinks = decides & think_now(gate, thinking, generator)
+        thinks = decides & think_now(gate, run, thinking, generator)
         record.append((token, pointer, decides, thinks, valid))
         word = real[rows, pointer.clamp(max=T - 1)]
         own = valid & (pointer >= given)
@@ -264,6 +305,8 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
         token = word
         if runs:
             token = torch.where(thinks, V + choose_thought(thoughts, thinking, generator), word)
+        if watch:
+            watch(token)
         run = torch.where(thinks, run + 1, 0)
         pointer = torch.where(thinks | ~valid, pointer, pointer + 1)
         if (pointer >= length).all():
@@ -280,10 +323,10 @@ def without_thoughts(real: Tensor, length: Tensor) -> Rollout:
     return Rollout(stream, pointer, nowhere, nowhere, pointer < length[:, None], real, length)
 
 
-def think_now(gate: Tensor, thinking: Thinking, generator=None) -> Tensor:
-    """(B,) gate logits -> (B,) bool."""
+def think_now(gate: Tensor, run: Tensor, thinking: Thinking, generator=None) -> Tensor:
+    """(B,) gate logits, (B,) thoughts already in this run -> (B,) bool."""
     if thinking.hold is not None:
-        gate = torch.full_like(gate, thinking.hold).logit()
+        gate = torch.where(run == 0, thinking.hold, 1.0).logit()
     elif thinking.greedy:
         return gate > 0
     return torch.rand(gate.shape, generator=generator, device=gate.device) < gate.sigmoid()
@@ -316,7 +359,7 @@ def choose_thought(logits: Tensor, thinking: Thinking, generator=None) -> Tensor
     return thought.roll(1) if thinking.mode == "swapped" else thought
 
 
-def generate(model: GPT, prompts: list[list[int]], new_tokens: int, thinking: Thinking, generator=None, stop: int = -1) -> tuple[list, Rollout]:
+def generate(model: GPT, prompts: list[list[int]], new_tokens: int, thinking: Thinking, generator=None, stop: int = -1, watch=None) -> tuple[list, Rollout]:
     """
     Answer prompts of any lengths in one batch -> for each the new real tokens (without `stop`), and the rollout.
     No thought is in the answers; whoever wants to see them finds them in the rollout's stream.
@@ -328,6 +371,6 @@ def generate(model: GPT, prompts: list[list[int]], new_tokens: int, thinking: Th
     real = torch.zeros(len(prompts), int(given.max()) + new_tokens, dtype=torch.long, device=device)
     for row, prompt in zip(real, prompts):
         row[: len(prompt)] = torch.tensor(prompt, device=device)
-    roll = rollout(model, real, given, given + new_tokens, thinking, generator, stop)
+    roll = rollout(model, real, given, given + new_tokens, thinking, generator, stop, watch)
     answers = [row[start:end].tolist() for row, start, end in zip(roll.real, given.tolist(), roll.length.tolist())]
     return [answer[:-1] if answer and answer[-1] == stop else answer for answer in answers], roll

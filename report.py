@@ -5,20 +5,23 @@ What a trained model can do, and whether its thoughts do it: report.json, report
 
 Every number comes from rows the training never drew, with dropout off and a random generator of its own. Answers are greedy.
 Modes: `policy` thinks as trained; `never` may not; `random`, `constant` (its most used thought, over and over) and `swapped` (what the
-next row of the batch thinks) keep the places of the thoughts and take away their meaning.
+next row of the batch thinks) keep the places of the thoughts and take away their meaning; `scattered` (in texts) keeps what a thought
+says and puts as many of them at random places. A text has no answers to be right: there the figure is nats a token, over windows that
+do not overlap, with a 95% confidence interval.
 """
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data.dataset import DataError, Rows, Vocabulary, load_split
+from data.dataset import Batch, DataError, Rows, Text, Vocabulary, load_split
 from model import GPT, Thinking, rollout
-from train import Config, evaluate, load_config, load_model, pick_device, run
+from train import Config, evaluate, load_config, load_model, pick_device, run, token_loss
 
 MODES = ("policy", "never", "random", "constant", "swapped")
 
@@ -30,6 +33,7 @@ class ReportConfig:
     data: str = ""  # folder of the data, if it is not where the checkpoint was trained
     windows: str = "8,16"  # columns in view, for the bounded figures
     rows: int = 200  # rows a level
+    text_windows: int = 2000  # windows of a text, at most
     longest: int = 128  # levels above this one are tried in the windows only
     device: str = "auto"
 
@@ -45,6 +49,43 @@ def accuracy(model: GPT, splits: list[Rows], thinking: Thinking, config: ReportC
             roll, right = evaluate(model, rows.first(config.rows, level).to(config.device), thinking, generator)
             result["accuracy"][level] = round(right.float().mean().item(), 4)
             result["thoughts_per_row"][level] = round((roll.thinks & roll.valid).sum().item() / len(right), 2)
+    return result
+
+
+def windows_of(text: Text, config: ReportConfig, device: str):
+    """The text's windows in batches of 100; one generator, seeded here, for all."""
+    batch = text.first(config.text_windows, text.block).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    for i in range(0, len(batch.real), 100):
+        yield Batch(*(part[i : i + 100] for part in batch)), generator
+
+
+def nats(model: GPT, text: Text, thinking: Thinking, vocabulary: Vocabulary, config: ReportConfig) -> dict:
+    """-> nats a token, half the width of its 95% confidence interval over windows, bits a byte, thoughts a token."""
+    size = torch.tensor([len(piece) for piece in vocabulary.pieces])
+    losses, n_bytes, thoughts = [], 0, 0
+    for batch, generator in windows_of(text, config, config.device):
+        roll, _ = evaluate(model, batch, thinking, generator)
+        losses.append(token_loss(model, roll).cpu())
+        n_bytes += size[batch.real[:, 1:].cpu()].sum().item()
+        thoughts += roll.thinks.sum().item()
+    loss = torch.cat(losses)
+    a_window = loss.mean(dim=1)
+    return {
+        "nats": round(loss.mean().item(), 4),
+        "interval": round(1.96 * a_window.std().item() / len(a_window) ** 0.5, 4),
+        "bits_per_byte": round(loss.sum().item() / math.log(2) / n_bytes, 4),
+        "thoughts_per_token": round(thoughts / loss.numel(), 4),
+        "windows": len(a_window),
+    }
+
+
+def text_modes(model: GPT, text: Text, thinking: Thinking, vocabulary: Vocabulary, trained: Config, config: ReportConfig) -> dict:
+    how = {mode: dataclasses.replace(thinking, mode=mode) for mode in (MODES if trained.n_think else ("never",))}
+    result = {mode: nats(model, text, thinking, vocabulary, config) for mode, thinking in how.items()}
+    if trained.n_think:
+        rate = result["policy"]["thoughts_per_token"] / trained.max_run
+        result["scattered"] = nats(model, text, dataclasses.replace(thinking, hold=min(1.0, rate)), vocabulary, config)
     return result
 
 
@@ -91,6 +132,14 @@ def most_used_thought(model: GPT, rows: Rows, thinking: Thinking, config: Report
     return int(thoughts.mode().values) if len(thoughts) else 0
 
 
+def load_plain(config: ReportConfig, vocabulary: Vocabulary) -> tuple[GPT, Vocabulary, dict]:
+    """The model to stand beside; what load_model returns. Raises DataError if its words are others."""
+    found = load_model(config.plain, config.device)
+    if found[1].tokens != vocabulary.tokens:
+        raise DataError(f"the plain model in {config.plain} has another vocabulary: it was trained on {found[2]['meta']['task']}")
+    return found
+
+
 def make_report(config: ReportConfig) -> dict:
     model, vocabulary, state = load_model(config.run, config.device)
     trained = Config(**state["config"])
@@ -114,6 +163,13 @@ def make_report(config: ReportConfig) -> dict:
     thinking = Thinking(greedy=True, max_run=trained.max_run, after=vocabulary.think_after())
     if trained.n_think:
         thinking.constant = report["constant_thought"] = most_used_thought(model, splits[0], thinking, config)
+    if isinstance(splits[0], Text):
+        report["modes"] = text_modes(model, splits[0], thinking, vocabulary, trained, config)
+        if config.plain:
+            other, _, plain_state = load_plain(config, vocabulary)
+            report["plain"] = nats(other, splits[0], Thinking(mode="never"), vocabulary, config)
+            report["plain"] |= {"params": sum(p.numel() for p in other.parameters()), "seconds": plain_state["progress"]["seconds"]}
+        return report
     for mode in MODES if trained.n_think else ("never",):
         report["modes"][mode] = accuracy(model, splits, dataclasses.replace(thinking, mode=mode), config)
     for window in map(int, filter(None, config.windows.split(","))):
@@ -122,15 +178,22 @@ def make_report(config: ReportConfig) -> dict:
     if probe.exists() and trained.n_think:
         report["meaning"] = meaning(model, vocabulary, thinking, json.loads(probe.read_text()), config.device)
     if config.plain:
-        other, plain_vocabulary, plain_state = load_model(config.plain, config.device)
-        if plain_vocabulary.tokens != vocabulary.tokens:
-            raise DataError(f"the plain model in {config.plain} has another vocabulary: it was trained on {plain_state['meta']['task']}")
+        other, _, _ = load_plain(config, vocabulary)
         report["plain"] = accuracy(other, splits, Thinking(mode="never", greedy=True), config)
         report["plain"]["params"] = sum(p.numel() for p in other.parameters())
     return report
 
 
+def print_nats(report: dict) -> None:
+    lines = dict(report["modes"]) | ({"plain GPT": report["plain"]} if "plain" in report else {})
+    print(f"\n{report['task']}: nats a token in {lines['never']['windows']} windows of {report['trained_levels'][0]} tokens, 95% interval; bits a byte; thoughts a token")
+    for name, line in lines.items():
+        print(f"{name:16s}{line['nats']:8.4f} +- {line['interval']:.4f} {line['bits_per_byte']:9.4f} {line['thoughts_per_token']:8.3f}")
+
+
 def print_table(report: dict) -> None:
+    if "nats" in report["modes"]["never"]:
+        return print_nats(report)
     levels = sorted({level for mode in report["modes"].values() for level in mode["accuracy"]} | {n for w in report["windows"].values() for n in w["accuracy"]})
     print(f"\nshare of whole answers right, by {report['level']} (trained on {report['trained_levels'][0]} to {report['trained_levels'][-1]})")
     print(f"{'':16s}" + "".join(f"{n:>7d}" for n in levels))
@@ -153,6 +216,16 @@ def draw(report: dict, metrics: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    checks = [m for m in metrics if "validation" in m]
+    if "nats" in report["modes"]["never"]:
+        figure, (a, b) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        lines = dict(report["modes"]) | ({"plain GPT": report["plain"]} if "plain" in report else {})
+        a.bar([*lines], [line["nats"] for line in lines.values()], yerr=[line["interval"] for line in lines.values()], color="C0")
+        a.set(ylim=(min(line["nats"] for line in lines.values()) - 0.1, None), ylabel="nats a token", title=report["task"])
+        b.plot([m["step"] for m in checks], [m["validation"][str(report["trained_levels"][0])] for m in checks])
+        b.set(xlabel="step", ylabel="validation, nats a token", title="learning")
+        figure.savefig(path, dpi=90)
+        return plt.close(figure)
     figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     lines = dict(report["modes"])
     if report["windows"]:
@@ -184,7 +257,6 @@ def draw(report: dict, metrics: list[dict], path: Path) -> None:
         c.set(xlabel=report["level"], ylabel="thoughts a row", ylim=(0, None), title="how much it thinks")
     else:
         c.axis("off")
-    checks = [m for m in metrics if "validation" in m]
     for level in report["trained_levels"]:
         d.plot([m["seconds"] for m in checks], [m["validation"].get(str(level)) for m in checks], label=str(level), color=plt.cm.viridis(level / max(report["trained_levels"])))
     d.set(ylim=(-0.02, 1.03), xlabel="seconds", ylabel="validation rows right", title=f"learning, by {report['level']}")

@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split
-from model import GPT, GPTConfig, Rollout, Thinking, rollout
+from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split, load_vocabulary
+from model import GPT, GPTConfig, Rollout, Thinking, from_gpt2, rollout
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -45,6 +45,7 @@ class Config:
     block: int = 64  # tokens in a window of a text; rows have lengths of their own
     out: str = "out/chain"  # folder for everything that is written
     plain: str = ""  # folder of a finished plain run, shown beside this one in the report
+    init_from: str = ""  # begin with the weights in this folder, of a model with fewer thoughts or none; or hf:NAME, GPT-2 weights of Hugging Face
     resume: bool = False  # go on from the checkpoint in `out`
     seed: int = 1
     device: str = "auto"  # auto | cpu | cuda | mps
@@ -57,6 +58,7 @@ class Config:
     n_embd: int = 64
     dropout: float = 0.0
     rope_base: float = 100.0
+    n_positions: int = 0  # 0: rotary positions; above: learned ones, for so many columns, as GPT-2 has
     # optimisation
     steps: int = 1500
     batch_tokens: int = 1536  # real tokens a step, all rollouts counted: many short rows or few long ones
@@ -73,7 +75,7 @@ class Config:
     mastered: float = 0.5  # nats a token of the answer (moving average) at which a level counts as mastered
     # thoughts
     max_run: int = 1  # thoughts in a row, at most
-    hold: float = 1.0  # probability of thinking as long as thoughts are free
+    hold: float = 1.0  # probability of a run of thoughts behind a token, as long as thoughts are free
     gate_init: float = 0.95  # the gate's own, when it takes over
     thought_grad: str = "echo"  # echo | reinforce
     echo_scale: float = 1.0  # of the echo's gradient
@@ -81,12 +83,13 @@ class Config:
     forget_paid: float = 0.8  # the same, once they are paid
     cut_last: float = 0.5  # share of cuts put as late as they can be, so that one thought must tell all
     cut_every: int = 0  # real tokens from cut to cut, on average, in a row that forgets; 0 is one cut a row
-    charge_thinking: bool = True  # charge a column that thinks, too, for the word it would have said
+    charge_thinking: float = 1.0  # weight of the word that a column that thinks would have said
     imitate: float = 0.1  # weight of thinking in pass 2, behind the cut, what was thought in full view
-    split_every: int = 60  # steps between splits of an overused thought, while levels are still being added; 0 never
+    split_every: int = 60  # steps between splits of an overused thought, while levels are being added or, without curriculum, thoughts are free; 0 never
     free: float = 0.4  # share of the steps, at least, in which thoughts are free and the gate is not trained
     think_cost: float = 0.05  # price of a thought, in nats
     gate_weight: float = 1.0  # weight of the gate's policy gradient
+    horizon: int = 0  # real tokens whose loss a thought is rewarded by; 0 is all that follow
     rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
     # habits
     eval_every: int = 100
@@ -192,29 +195,41 @@ def targets(roll: Rollout) -> Tensor:
     return roll.real.gather(1, roll.pointer.clamp(max=roll.real.size(1) - 1))
 
 
-def word_loss(words: Tensor, roll: Rollout, charge_thinking: bool = True) -> Tensor:
-    """
-    (B, C, V) -> (B, C): -log p(the next real token) in nats, 0 behind a row's end.
-
-    A column that goes on to think is charged, too, for what it would have said. That closes a leak: in pass 2 a later thought, thought
-    in full view, may know the answer, but the column before it must do with the thought at the cut. And the gate's choice is between
-    two things that are both trained. `charge_thinking = False` leaves the leak open, for comparison.
-    """
+def word_loss(words: Tensor, roll: Rollout) -> Tensor:
+    """(B, C, V) -> (B, C): -log p(the next real token) in nats, where the column speaks and where it could have; 0 behind a row's end."""
     loss = F.cross_entropy(words.flatten(0, 1), targets(roll).flatten(), reduction="none")
-    return loss.view_as(roll.pointer) * (roll.valid if charge_thinking else roll.speaks)
+    return loss.view_as(roll.pointer) * roll.valid
 
 
-def weighted(loss: Tensor, roll: Rollout, prompt: Tensor, prompt_weight: float) -> Tensor:
-    """Mean (B, C) loss of the answers' tokens plus prompt_weight times that of the prompts' -> scalar."""
-    answer = roll.valid & (roll.pointer >= prompt[:, None])
-    asked = roll.valid & ~answer
-    return (loss * answer).sum() / answer.sum().clamp(min=1) + prompt_weight * (loss * asked).sum() / asked.sum().clamp(min=1)
+def weighted(loss: Tensor, roll: Rollout, answer: Tensor, prompt_weight: float, charge_thinking: float = 1.0) -> Tensor:
+    """
+    Weighted mean of the (B, C) loss over `answer` (B, C), the answers' columns, plus prompt_weight times that over the others -> scalar.
+
+    A column that goes on to think is charged, too, for what it would have said, with the weight `charge_thinking`. That closes a leak: in
+    pass 2 a later thought, thought in full view, may know the answer, but the column before it must do with the thought at the cut. And the
+    gate's choice is between two things that are both trained. A weight of 0 leaves the leak open.
+    """
+    charge = torch.where(roll.thinks, charge_thinking, 1.0) * roll.valid
+    mean = lambda where: (loss * charge * where).sum() / (charge * where).sum().clamp(min=1)  # noqa: E731
+    return mean(answer) + prompt_weight * mean(~answer)
 
 
-def return_to_go(loss: Tensor, roll: Rollout, think_cost: float) -> Tensor:
-    """(B, C): minus the (B, C) loss of all real tokens said from this column on, minus the price of all thoughts decided from it on."""
+def at_positions(value: Tensor, roll: Rollout) -> Tensor:
+    """(B, C) -> (B, T + 1): the value at the first column that could say each real token; 0 where there is none."""
+    B, T = roll.real.shape
+    return value.new_zeros(B, T + 1).scatter_add(1, roll.pointer, value * (roll.holds_real & roll.valid))
+
+
+def return_to_go(loss: Tensor, roll: Rollout, think_cost: float, horizon: int = 0) -> Tensor:
+    """
+    (B, C): minus the (B, C) loss of all real tokens said from this column on, minus the price of all thoughts decided from it on;
+    with a horizon, of so many real tokens only, and of the thoughts before the last of them.
+    """
     reward = -loss * roll.speaks - think_cost * roll.thinks
-    return reward.flip(1).cumsum(1).flip(1)
+    returns = reward.flip(1).cumsum(1).flip(1)
+    if not horizon:
+        return returns
+    return returns - F.pad(at_positions(returns, roll), (0, horizon)).gather(1, roll.pointer + horizon)
 
 
 def leave_one_out(returns: Tensor, roll: Rollout, rollouts: int) -> Tensor:
@@ -222,12 +237,10 @@ def leave_one_out(returns: Tensor, roll: Rollout, rollouts: int) -> Tensor:
     (B, C) baseline: the mean return-to-go of the other rollouts of the same row from the same real position on.
     Rows stand in groups of `rollouts`. Zero where there is no other. After Kool et al. 2019 (RLOO).
     """
-    B, T = roll.real.shape
-    first = roll.holds_real & roll.valid
-    at = returns.new_zeros(B, T + 1).scatter_add(1, roll.pointer, returns * first)  # by real position
-    groups = at.view(-1, rollouts, T + 1)
+    at = at_positions(returns, roll)
+    groups = at.view(-1, rollouts, at.size(1))
     others = (groups.sum(1, keepdim=True) - groups) / max(1, rollouts - 1)
-    return others.view(B, T + 1).gather(1, roll.pointer)
+    return others.view_as(at).gather(1, roll.pointer)
 
 
 def policy_gradient(log_probability: Tensor, advantage: Tensor, where: Tensor) -> Tensor:
@@ -245,8 +258,8 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
     """All of a training step but the rollout and the optimiser -> loss, {name: number} and "row_loss" (B,) for the log."""
     answer = roll.valid & (roll.pointer >= batch.prompt[:, None])  # (B, C) columns that would say a token of the answer
     full = model(roll.stream)  # pass 1
-    loss_full = loss_kept = word_loss(full.words, roll, config.charge_thinking)
-    loss = weighted(loss_full, roll, batch.prompt, config.prompt_weight)
+    loss_full = loss_kept = word_loss(full.words, roll)
+    loss = weighted(loss_full, roll, answer, config.prompt_weight, config.charge_thinking)
     right = (full.words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)
     log = {"loss": loss.item(), "accuracy": right.all(dim=1).float().mean().item()}
 
@@ -254,8 +267,8 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         x = echo(model, roll, full.thoughts, config.echo_scale) if config.thought_grad == "echo" else roll.stream
         cut = draw_cuts(roll, batch.prompt, config.forget_paid if paid else config.forget, config.cut_last, config.cut_every, generator)
         kept = model(x, mask=forgetting_mask(cut))
-        loss_kept = word_loss(kept.words, roll, config.charge_thinking)
-        mean_kept = weighted(loss_kept, roll, batch.prompt, config.prompt_weight)
+        loss_kept = word_loss(kept.words, roll)
+        mean_kept = weighted(loss_kept, roll, answer, config.prompt_weight, config.charge_thinking)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()
 
         behind = roll.thinks & (cut.cumsum(dim=1) > 0)
@@ -264,11 +277,14 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
 
     weight = torch.where(answer, 1.0, config.prompt_weight)
     if paid:  # when to think
-        returns = return_to_go(loss_full.detach() * weight, roll, config.think_cost)
+        cost = loss_full.detach() * weight
+        returns = return_to_go(cost, roll, config.think_cost, config.horizon)
+        # a single rollout is compared with what it would have lost by speaking at once
+        baseline = leave_one_out(returns, roll, config.rollouts) if config.rollouts > 1 else -cost
         action = F.logsigmoid(torch.where(roll.thinks, full.gate, -full.gate))
-        loss = loss + config.gate_weight * policy_gradient(action, returns - leave_one_out(returns, roll, config.rollouts), roll.decides)
+        loss = loss + config.gate_weight * policy_gradient(action, returns - baseline, roll.decides)
     if model.config.n_think and config.thought_grad == "reinforce":  # what to think, without the echo
-        returns = return_to_go(loss_kept.detach() * weight, roll, 0.0)
+        returns = return_to_go(loss_kept.detach() * weight, roll, 0.0, config.horizon)
         action = thought_log_probability(full.thoughts, roll, model.config.vocab_size)
         loss = loss + policy_gradient(action, returns - leave_one_out(returns, roll, config.rollouts), roll.thinks)
 
@@ -283,11 +299,11 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
 @torch.no_grad()
 def split_thought(model: GPT, optimiser: torch.optim.Optimizer, usage: Tensor, generator=None) -> bool:
     """
-    If the least used thought has under 1% of the uses (K,), make it a noisy copy of the most used one, so that two values which
+    If the least used thought has under a sixth of its share of the uses (K,), make it a noisy copy of the most used one, so that two values which
     share a thought can part. As Linde, Buzo & Gray (1980) split a crowded code; moments of the copied rows are reset.
     """
     dead, top = int(usage.argmin()), int(usage.argmax())
-    if usage[dead] >= 0.01:
+    if usage[dead] >= 0.16 / len(usage):
         return False
     V = model.config.vocab_size
     for weight in (model.embedding.weight, model.head.weight):
@@ -319,7 +335,7 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None) -> tu
 def token_loss(model: GPT, roll: Rollout) -> Tensor:
     """-> (B, T - 1): -log p of each real token but the first where it was said, in nats; 0 behind a row's end. Everything in view."""
     model.eval()
-    loss = word_loss(model(roll.stream).words, roll, charge_thinking=False)
+    loss = word_loss(model(roll.stream).words, roll) * roll.speaks
     model.train()
     return loss.new_zeros(len(loss), roll.real.size(1) + 1).scatter_add(1, roll.pointer, loss)[:, 1:-1]
 
@@ -356,13 +372,36 @@ def load_weights(model: GPT, weights: dict) -> None:
         raise DataError(f"the checkpoint is of another shape than the config asks for: {detail}") from None
 
 
+def begin_with(model: GPT, source: str, vocabulary: Vocabulary) -> None:
+    """Adopt the weights that `init_from` names. Raises DataError."""
+    if source.startswith("hf:"):
+        try:
+            from transformers import GPT2LMHeadModel
+
+            weights = from_gpt2(GPT2LMHeadModel.from_pretrained(source[3:]).state_dict())
+        except ImportError:
+            raise DataError("GPT-2 weights need the package transformers: pip install transformers") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"no GPT-2 weights from {source}: {str(error).splitlines()[0]}") from None
+    else:
+        state = load_checkpoint(source)
+        weights = state["model"]
+        if load_vocabulary(state["meta"]).tokens != vocabulary.tokens:
+            raise DataError(f"the model in {source} has another vocabulary: it was trained on {state['meta']['task']}")
+    try:
+        model.adopt(weights)
+    except ValueError as error:
+        raise DataError(f"init_from = {source!r}: {error}") from None
+
+
 def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]:
     """A trained model from its checkpoint alone -> model in evaluation mode, vocabulary, the checkpoint."""
     state = load_checkpoint(folder, device)
     try:
-        model = GPT(model_config(len(state["meta"]["vocab"]), Config(**state["config"]))).to(device)
+        vocabulary = load_vocabulary(state["meta"])
+        model = GPT(model_config(len(vocabulary.tokens), Config(**state["config"]))).to(device)
         load_weights(model, state["model"])
-        return model.eval(), Vocabulary(state["meta"]), state
+        return model.eval(), vocabulary, state
     except (KeyError, TypeError):
         raise DataError(f"the checkpoint in {folder} was written by another program or version") from None
 
@@ -379,13 +418,16 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.meta = load_meta(config.data)
-        self.vocabulary = Vocabulary(self.meta)
+        self.vocabulary = load_vocabulary(self.meta)
         self.train_rows, self.val_rows = (load_split(config.data, split, self.vocabulary, config.block) for split in ("train", "val"))
         torch.manual_seed(config.seed)
         try:
-            self.model = GPT(model_config(len(self.meta["vocab"]), config)).to(self.device)
+            self.model = GPT(model_config(len(self.vocabulary.tokens), config))
         except ValueError as error:
             raise DataError(str(error)) from None
+        if config.init_from and not config.resume:
+            begin_with(self.model, config.init_from, self.vocabulary)
+        self.model.to(self.device)
         self.parallel = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay, (config.beta1, config.beta2))
         self.generator = torch.Generator().manual_seed(config.seed)  # rows
@@ -440,7 +482,7 @@ class Trainer:
     def split(self, roll: Rollout) -> None:
         used = torch.bincount(roll.stream[:, 1:][roll.thinks[:, :-1]].cpu() - self.model.config.vocab_size, minlength=self.config.n_think)
         self.usage += 0.05 * (used / used.sum().clamp(min=1) - self.usage)
-        growing = self.reached < len(self.train_rows.levels)
+        growing = self.reached < len(self.train_rows.levels) or not (self.config.curriculum or self.paid)
         if self.config.split_every and growing and self.step % self.config.split_every == self.config.split_every - 1:
             split_thought(self.model, self.optimiser, self.usage, self.generator)
 
@@ -449,7 +491,8 @@ class Trainer:
         own, result = torch.Generator(self.device).manual_seed(0), {}
         for level in self.val_rows.levels:
             batch = self.val_rows.first(self.config.eval_rows, level).to(self.device)
-            roll, right = evaluate(self.model, batch, dataclasses.replace(self.thinking, greedy=True), own)
+            thinking = dataclasses.replace(self.thinking, greedy=True, hold=None if self.paid else self.config.hold)
+            roll, right = evaluate(self.model, batch, thinking, own)
             asked = (batch.prompt < batch.length).any()
             result[level] = round((right.float().mean() if asked else token_loss(self.model, roll).mean()).item(), 4)
         return result

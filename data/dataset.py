@@ -17,6 +17,7 @@ A .bin file is a header of 56 bytes (magic, version, rows, tokens, SHA-256 of th
 the other (uint16), and the level of each row (uint16). A text has no rows.
 """
 
+import base64
 import hashlib
 import json
 import struct
@@ -147,6 +148,7 @@ class Vocabulary:
 
     def __init__(self, meta: dict):
         self.meta, self.tokens = meta, meta["vocab"]
+        self.pieces = [token.encode() for token in self.tokens]
         self.index = {token: i for i, token in enumerate(self.tokens)}
         self.longest = max(map(len, self.tokens))
         self.row_end, self.answer_after = (self.index[meta[name]] if name in meta else -1 for name in ("row_end", "answer_after"))
@@ -161,19 +163,59 @@ class Vocabulary:
             else:
                 known, characters = " ".join(repr(t)[1:-1] for t in self.tokens), "".join(self.tokens)
                 bad = next((i for i in range(at, min(at + self.longest, len(text))) if text[i] not in characters), at)
-                raise DataError(f"{text[bad]!r} in {text!r} (character {bad + 1}) does not fit the vocabulary: {known}")
+                raise DataError(f"{text[bad]!r} in {text[:200]!r} (character {bad + 1}) does not fit the vocabulary: {known}")
             ids.append(self.index[token])
             at += len(token)
         return ids
 
     def decode(self, ids) -> str:
-        return "".join(self.tokens[i] for i in ids)
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")  # a piece may end inside a character
 
     def think_after(self) -> Tensor | None:
         """(V,) bool, or None where a thought may follow anything."""
         if not self.meta.get("think_after"):
             return None
         return torch.tensor([token in self.meta["think_after"] for token in self.tokens])
+
+
+class ByteVocabulary(Vocabulary):
+    """Byte pairs through tiktoken. Thoughts have names, too, from id V on; no text is ever read as one."""
+
+    def __init__(self, meta: dict):
+        self.meta, self.encoding, self.row_end, self.answer_after = meta, make_encoding(meta["encoding"]), -1, -1
+        count = self.encoding.n_vocab - THOUGHT_NAMES
+        self.pieces = [self.encoding.decode_single_token_bytes(i) for i in range(count)]
+        self.tokens = [piece.decode("utf-8", "replace") for piece in self.pieces]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+
+THOUGHT_NAMES = 1024  # special tokens <|think_0|> ... behind the words of an encoding
+
+
+def make_encoding(recipe):
+    """"gpt2" or {"pattern", "ranks": base64 strings in order of rank} -> tiktoken.Encoding. Raises DataError without tiktoken or network."""
+    try:
+        import tiktoken
+
+        if recipe == "gpt2":
+            base = tiktoken.get_encoding("gpt2")
+            pattern, ranks, special = base._pat_str, base._mergeable_ranks, base._special_tokens
+        else:
+            pattern, ranks, special = recipe["pattern"], {base64.b64decode(piece): i for i, piece in enumerate(recipe["ranks"])}, {}
+    except ImportError:
+        raise DataError("byte pairs need the package tiktoken: pip install tiktoken") from None
+    except OSError as error:  # what requests raises without a network is one, too
+        advice = "run this once with a network, or set TIKTOKEN_CACHE_DIR to a folder in which it has run; --tokenizer=bpe needs none"
+        raise DataError(f"tiktoken cannot fetch GPT-2's byte pairs ({type(error).__name__}): {advice}") from None
+    count = len(ranks) + len(special)
+    thoughts = {f"<|think_{k}|>": count + k for k in range(THOUGHT_NAMES)}
+    return tiktoken.Encoding("nanothink", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special | thoughts)
+
+
+def load_vocabulary(meta: dict) -> Vocabulary:
+    return ByteVocabulary(meta) if "encoding" in meta else Vocabulary(meta)
 
 
 def load_meta(folder: str) -> dict:

@@ -108,8 +108,10 @@ def test_every_column_is_charged_for_the_word_it_would_say_and_prompts_less():
     loss = word_loss(words, roll)
     uniform, sharp = torch.log(torch.tensor(5.0)), torch.log(4 + torch.e**2 * torch.ones(())) - 2
     torch.testing.assert_close(loss, torch.stack([sharp, uniform, uniform, sharp])[None])
-    torch.testing.assert_close(word_loss(words, roll, charge_thinking=False), torch.stack([0 * sharp, uniform, uniform, sharp])[None])
-    torch.testing.assert_close(weighted(loss, roll, torch.tensor([3]), 0.1), sharp + 0.1 * (sharp + 2 * uniform) / 3)
+    answer = torch.tensor([[False, False, False, True]])
+    torch.testing.assert_close(weighted(loss, roll, answer, 0.1), sharp + 0.1 * (sharp + 2 * uniform) / 3)
+    torch.testing.assert_close(weighted(loss, roll, answer, 0.1, 0.5), sharp + 0.1 * (0.5 * sharp + 2 * uniform) / 2.5)
+    torch.testing.assert_close(weighted(loss, roll, answer, 0.1, 0.0), sharp + 0.1 * uniform)
 
 
 def test_the_log_probability_of_a_thought_is_read_from_the_column_before_it():
@@ -124,6 +126,14 @@ def test_return_to_go_and_price_by_hand():
     loss = torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0]])  # what columns 0 and 2 would have lost counts for nothing: they think
     # decided at column 0: two thoughts at 0.5 and all of the loss; at column 1 the first thought is already thought
     assert return_to_go(loss, roll, 0.5).tolist() == [[-8.0, -7.5, -6.5, -6.0, -4.0]]
+
+
+def test_a_horizon_counts_only_the_next_real_tokens():
+    roll = roll_of([[0, 5, 1, 6, 2], [0, 1, 7, 2]], [[0, 1, 2, 3]] * 2)
+    loss = torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0], [1.0, 9.0, 2.0, 4.0, 0.0]])
+    assert return_to_go(loss, roll, 0.5, 1).tolist() == [[-1.5, -1.0, -2.5, -2.0, -4.0], [-1.0, -2.5, -2.0, -4.0, 0.0]]
+    assert return_to_go(loss, roll, 0.5, 2).tolist() == [[-4.0, -3.5, -6.5, -6.0, -4.0], [-3.5, -6.5, -6.0, -4.0, 0.0]]
+    assert torch.equal(return_to_go(loss, roll, 0.5, 9), return_to_go(loss, roll, 0.5))
 
 
 def test_leave_one_out_by_hand():
@@ -156,14 +166,14 @@ def log_probability(model, roll, gate_only=False):
     return gate, thought_log_probability(out.thoughts, roll, model.config.vocab_size), out
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_the_policy_gradient_equals_exact_enumeration(tiny, grouped):
-    """The expectation of the estimator is the gradient of the expected loss plus price, with the leave-one-out baseline and without."""
+@pytest.mark.parametrize("baseline", ["none", "leave one out", "speaking at once"])
+def test_the_policy_gradient_equals_exact_enumeration(tiny, baseline):
+    """The expectation of the estimator is the gradient of the expected loss plus price, whatever the baseline."""
     model = tiny(1, vocab_size=3, n_think=2, n_layer=1, n_embd=8).double()
     real, cost = [0, 1, 2], 0.3
     weights = [model.gate.weight, model.gate.bias]
     rolls = [roll_of([stream], [real], V=3) for stream in all_rollouts(model, real)]
-    probabilities, objective, returns = [], 0.0, []
+    probabilities, objective, returns, at_once = [], 0.0, [], []
     for roll in rolls:
         gate, thought, out = log_probability(model, roll)
         probability = (gate.sum() + thought.sum().detach()).exp()  # thoughts' contents are another term's business
@@ -171,6 +181,7 @@ def test_the_policy_gradient_equals_exact_enumeration(tiny, grouped):
         objective = objective + probability * ((loss * roll.speaks).sum() + cost * roll.thinks.sum())
         probabilities.append(probability.item())
         returns.append(return_to_go(loss, roll, cost))
+        at_once.append(-loss)
     assert sum(probabilities) == pytest.approx(1)
     exact = torch.autograd.grad(objective, weights, retain_graph=True)
 
@@ -181,17 +192,17 @@ def test_the_policy_gradient_equals_exact_enumeration(tiny, grouped):
         return policy_gradient(actions[index], advantage, decides) * decides.sum()
 
     total = 0.0
-    if not grouped:
+    if baseline != "leave one out":
         for i, (p, r) in enumerate(zip(probabilities, returns)):
-            total = total + p * estimate(i, r)
+            total = total + p * estimate(i, r - at_once[i] if baseline == "speaking at once" else r)
     else:  # all pairs of rollouts, the second the baseline of the first
         for i, j in itertools.product(range(len(rolls)), repeat=2):
             r, s = returns[i], returns[j]
             both = roll_of([rolls[i].stream[0].tolist(), rolls[j].stream[0].tolist()], [real, real], V=3)
             padded = torch.zeros(both.stream.shape, dtype=torch.double)
             padded[0, : r.size(1)], padded[1, : s.size(1)] = r[0], s[0]
-            baseline = leave_one_out(padded, both, 2)[:1, : r.size(1)]
-            total = total + probabilities[i] * probabilities[j] * estimate(i, r - baseline)
+            others = leave_one_out(padded, both, 2)[:1, : r.size(1)]
+            total = total + probabilities[i] * probabilities[j] * estimate(i, r - others)
     for found, wanted in zip(torch.autograd.grad(total, weights), exact):
         torch.testing.assert_close(found, wanted)
 

