@@ -45,6 +45,7 @@ class GPTConfig:
     rope_base: float = 100.0  # the longest wavelength of the rotary positions, in columns, over 2 pi
     n_positions: int = 0  # 0: rotary positions; above: GPT-2's way, learned positions for so many columns, and its tanh GELU
     gate_init: float = 0.9  # probability of thinking of an untrained gate
+    sharp: float = 1.0  # spread of untrained thought logits; well above 1, a thought tells states apart before it has learned anything
 
 
 class Output(NamedTuple):
@@ -142,6 +143,8 @@ class GPT(nn.Module):
         frequency = frequency * (not config.n_positions)
         self.register_buffer("frequency", frequency, persistent=False)  # (hs / 2,) radians per column
         self.apply(self._init)
+        with torch.no_grad():
+            self.head.weight[V:] *= config.sharp
 
     def _init(self, module):
         if isinstance(module, nn.Embedding):

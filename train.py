@@ -77,6 +77,7 @@ class Config:
     max_run: int = 1  # thoughts in a row, at most
     hold: float = 1.0  # probability of a run of thoughts behind a token, as long as thoughts are free
     gate_init: float = 0.95  # the gate's own, when it takes over
+    sharp: float = 1.0  # spread of untrained thought logits; above 1, a thought is a hash of the state before it has learned anything
     thought_grad: str = "echo"  # echo | reinforce
     echo_scale: float = 1.0  # of the echo's gradient
     forget: float = 1.0  # share of rows that forget, while thoughts are free
@@ -85,7 +86,7 @@ class Config:
     cut_every: int = 0  # real tokens from cut to cut, on average, in a row that forgets; 0 is one cut a row
     charge_thinking: float = 1.0  # weight of the word that a column that thinks would have said
     imitate: float = 0.1  # weight of thinking in pass 2, behind the cut, what was thought in full view
-    split_every: int = 60  # steps between splits of an overused thought, while levels are being added or, without curriculum, thoughts are free; 0 never
+    split_every: int = 60  # steps between splits of an overused thought, while levels are being added or, without curriculum, in the first half of the free phase; 0 never
     free: float = 0.4  # share of the steps, at least, in which thoughts are free and the gate is not trained
     think_cost: float = 0.05  # price of a thought, in nats
     gate_weight: float = 1.0  # weight of the gate's policy gradient
@@ -482,7 +483,8 @@ class Trainer:
     def split(self, roll: Rollout) -> None:
         used = torch.bincount(roll.stream[:, 1:][roll.thinks[:, :-1]].cpu() - self.model.config.vocab_size, minlength=self.config.n_think)
         self.usage += 0.05 * (used / used.sum().clamp(min=1) - self.usage)
-        growing = self.reached < len(self.train_rows.levels) or not (self.config.curriculum or self.paid)
+        early = self.step < 0.5 * self.config.free * self.config.steps  # a split disturbs; there must be time to settle
+        growing = self.reached < len(self.train_rows.levels) or early and not self.config.curriculum
         if self.config.split_every and growing and self.step % self.config.split_every == self.config.split_every - 1:
             split_thought(self.model, self.optimiser, self.usage, self.generator)
 

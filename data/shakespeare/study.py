@@ -114,8 +114,8 @@ def after_forgetting(model: GPT, plain: GPT, real: Tensor, frequency: Tensor, th
 
 
 def describe(text: str) -> dict[str, list]:
-    """For every character: where what comes next stands (an index of PLACES), letters since the word began, characters since the line began, speaker."""
-    in_name, speaker, now = [False] * len(text), [], ""
+    """For every character: where what comes next stands (an index of PLACES), letters since the word began, characters since the line began, number of the speaker."""
+    in_name, speaker, now, numbers = [False] * len(text), [], "", {}
     names = {m.end(): (m.start(), m.group(1)) for m in re.finditer(r"(?:(?<=\n\n)|\A)([A-Z][^\n:]{0,30}):(?=\n)", text)}
     for end, (start, _) in names.items():
         in_name[max(0, start - 1) : end - 1] = [True] * (end - 1 - max(0, start - 1))
@@ -135,7 +135,7 @@ def describe(text: str) -> dict[str, list]:
             place.append(1 if following.isalpha() else 3)
         in_word.append(min(word, 10))
         in_line.append(min(line // 8, 6))
-        speaker.append(now)
+        speaker.append(numbers.setdefault(now, len(numbers)))
     return {"place": place, "letters since the word began": in_word, "place in the line": in_line, "speaker": speaker}
 
 
@@ -160,8 +160,8 @@ def where_and_what(model: GPT, plain: GPT, text: Text, vocabulary: Vocabulary, t
     batch = text.first(config.windows, text.block)
     starts = torch.arange(len(batch.real)) * ((len(text.tokens) - 1) // len(batch.real))  # as Text.first takes them
     characters, ends = token_ends(text.tokens, vocabulary)
-    labels = {name: torch.tensor([sorted(set(values)).index(v) for v in values] if name == "speaker" else values) for name, values in describe(characters).items()}
-    at = (starts[:, None] + torch.arange(text.block + 1))  # (N, T) index of each window's tokens in the text
+    labels = {name: torch.tensor(values) for name, values in describe(characters).items()}
+    at = starts[:, None] + torch.arange(text.block + 1)  # (N, T) index of each window's tokens in the text
     generator, found = torch.Generator(config.device).manual_seed(0), []
     for i in range(0, len(at), 100):
         real = batch.real[i : i + 100].to(config.device)
