@@ -79,8 +79,19 @@ def addition() -> dict:
     return {row: {str(i): [*base, *options, "--seed=1"]} for i, (row, options) in enumerate(rows.items())}
 
 
-SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition)}
-DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py
+def shakespeare() -> dict:
+    """Characters of a text: plain, thinking, and notes that outlive forgetting; three seeds."""
+    plain = {f"plain_{s}": ["config/shakespeare_plain.toml", f"--seed={s}", "--report=true"] for s in SEEDS[:3]}
+    beside = {s: f"--plain=out/shakespeare/plain_{s}" for s in SEEDS[:3]}
+    return {
+        "plain": plain,
+        "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]},
+        "notes": {f"notes_{s}": ["config/shakespeare_notes.toml", f"--seed={s}", beside[s], f"--init_from=out/shakespeare/plain_{s}"] for s in SEEDS[:3]},
+    }
+
+
+SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare)}
+DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py; other folders have a prepare.py of their own
     "characters": ["--tokens=characters"],
     "characters_digits": ["--tokens=characters", "--think_after=0123456789"],
     "mod7": ["--modulus=7"],
@@ -100,10 +111,11 @@ def call(command: list[str], log: Path | None = None) -> bool:
 
 def prepare_data(options: list[str]) -> None:
     """Make the data that a run's options name, unless it is there."""
-    folder = next((o.partition("=")[2] for o in reversed(options) if o.startswith("--data=")), "data/arithmetic")
-    if not (Path(folder) / "meta.json").exists():
+    folder = Path(load_config(options).data)
+    if not (folder / "meta.json").exists():
         print(f"preparing {folder}", flush=True)
-        call(["data/arithmetic/prepare.py", f"--out={folder}", *DATA.get(Path(folder).name, [])])
+        script = folder / "prepare.py" if (folder / "prepare.py").exists() else "data/arithmetic/prepare.py"
+        call([str(script), f"--out={folder}", *DATA.get(folder.name, [])])
 
 
 def train_one(folder: Path, options: list[str]) -> None:
@@ -111,6 +123,9 @@ def train_one(folder: Path, options: list[str]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     good = call(["train.py", *options, f"--out={folder}"], folder / "log.txt")
+    config = load_config(options)
+    if good and config.n_think and config.block and "nats" in json.loads((folder / "report.json").read_text())["modes"]["policy"]:
+        good = call(["data/shakespeare/study.py", f"--run={folder}", f"--plain={config.plain}"], folder / "study.txt")
     print(f"{folder} {'done' if good else 'FAILED, see its log.txt'}", flush=True)
 
 
@@ -133,6 +148,8 @@ def first_time(folder: Path, share: float = 0.95, up_to: int = 4) -> float | Non
 def measure(report: dict, folder: Path) -> dict[str, float | None]:
     """All numbers of one run by the names that COLUMNS uses; lengths mean answers right at that length."""
     policy = report["modes"].get("policy") or report["modes"]["never"]
+    if "nats" in policy:
+        return measure_text(report, policy, folder)
     trained = [str(n) for n in report["trained_levels"]]
     numbers = policy["accuracy"] | {"worst trained length": min(policy["accuracy"][n] for n in trained)}
     numbers |= {f"{n}, window {w}": a for w, line in report["windows"].items() for n, a in line["accuracy"].items()}
@@ -140,6 +157,19 @@ def measure(report: dict, folder: Path) -> dict[str, float | None]:
     numbers |= {f"thoughts at {n}": t for n, t in policy["thoughts_per_row"].items()}
     numbers |= {"nats of the value in a thought": report.get("meaning", {}).get("mutual_information")}
     return numbers | {"95% at 1 to 4, seconds": first_time(folder), "seconds": report["seconds"]}
+
+
+def measure_text(report: dict, policy: dict, folder: Path) -> dict[str, float | None]:
+    """The same of a run on a text: nats a token by mode, and what its notes are worth where a study was made."""
+    numbers = {mode: line["nats"] for mode, line in report["modes"].items()} | {"nats": policy["nats"], "thoughts a token": policy["thoughts_per_token"]}
+    numbers["seconds"] = report["seconds"]
+    if "plain" in report:
+        numbers |= {"plain": report["plain"]["nats"], "less than plain": report["plain"]["nats"] - policy["nats"]}
+    if (folder / "study.json").exists():
+        study = json.loads((folder / "study.json").read_text())["after_forgetting"]
+        numbers |= {"gap, nats": study["gap_nats"], "bits it can carry": study["bits_a_note_can_carry"], "entropy, bits": study["entropy_bits"]}
+        numbers |= {f"closed by {name}": share for name, share in study["closed"].items()} | {"worth behind, bits": study["bits_worth_behind"]}
+    return numbers
 
 
 LEARNING = ["95% at 1 to 4, seconds", "seconds"]
@@ -151,6 +181,10 @@ COLUMNS = {  # the tables of each set
     "ablations": [["2", "4", "8", "128, window 8", "8, swapped", "nats of the value in a thought", *LEARNING]],
     "prices": [["1", "2", "4", "8", "128, window 8", "8, never", *(f"thoughts at {n}" for n in (1, 2, 4, 8))]],
     "moduli": [["worst trained length", "8", "12", "128, window 8", "1024, window 8", "8, never", "8, swapped", "thoughts at 8", *LEARNING]],
+    "shakespeare": [
+        ["nats", "less than plain", "never", "random", "constant", "swapped", "scattered", "thoughts a token", "seconds"],
+        ["gap, nats", "closed by note", "closed by note, goes on thinking", "closed by note swapped with another window's", "closed by note random", "bits it can carry", "entropy, bits", "worth behind, bits"],
+    ],
     "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
 }
 
@@ -161,7 +195,7 @@ def table(folders: dict[str, list[Path]], columns: list[str]) -> None:
     for row, runs in folders.items():
         done = [measure(json.loads((f / "report.json").read_text()), f) for f in runs if (f / "report.json").exists()]
         known = [[x for numbers in done if (x := numbers.get(c)) is not None] for c in columns]
-        digits = [0 if "seconds" in c else 1 if "thoughts at" in c else 3 for c in columns]
+        digits = [0 if "seconds" in c else 1 if "thoughts at" in c or "bits" in c else 3 for c in columns]
         cells = [spread(x, d) + (f" [{len(x)} of {len(done)}]" if 0 < len(x) < len(done) else "") for x, d in zip(known, digits)]
         print(f"| {row} | {len(done)} | " + " | ".join(cells) + " |")
 

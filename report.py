@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.dataset import Batch, DataError, Rows, Text, Vocabulary, load_split
 from model import GPT, Thinking, rollout
-from train import Config, evaluate, load_config, load_model, pick_device, run, token_loss
+from train import Config, as_trained, evaluate, load_config, load_model, pick_device, run, token_loss
 
 MODES = ("policy", "never", "random", "constant", "swapped")
 
@@ -160,7 +160,7 @@ def make_report(config: ReportConfig) -> dict:
         "modes": {},
         "windows": {},
     }
-    thinking = Thinking(greedy=True, max_run=trained.max_run, after=vocabulary.think_after())
+    thinking = dataclasses.replace(as_trained(state, vocabulary), greedy=True)
     if trained.n_think:
         thinking.constant = report["constant_thought"] = most_used_thought(model, splits[0], thinking, config)
     if isinstance(splits[0], Text):

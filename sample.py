@@ -12,6 +12,7 @@ slides, by default as many columns as it was trained on, in constant memory.
 """
 
 import codecs
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ from pathlib import Path
 import torch
 
 from data.dataset import DataError, Vocabulary
-from model import Rollout, Thinking, generate
-from train import Config, load_config, load_model, pick_device, run
+from model import Rollout, generate
+from train import Config, as_trained, load_config, load_model, pick_device, run
 
 
 @dataclass
@@ -93,10 +94,9 @@ def main(argv: list[str]) -> None:
     window = config.window
     if window < 0:
         window = trained.block * (1 + trained.max_run * (trained.n_think > 0)) if vocabulary.row_end < 0 else 0
-    thinking = Thinking(
-        mode=config.mode, greedy=config.greedy, max_run=trained.max_run, after=vocabulary.think_after(),
-        window=window, temperature=config.temperature, top_k=config.top_k,
-    )  # fmt: skip
+    thinking = dataclasses.replace(
+        as_trained(state, vocabulary), mode=config.mode, greedy=config.greedy, window=window, temperature=config.temperature, top_k=config.top_k
+    )
     generator = torch.Generator(model.embedding.weight.device).manual_seed(config.seed)
     watch = stream_to(vocabulary, config.show_thoughts) if len(ids) == 1 else None
     if watch:

@@ -86,6 +86,7 @@ class Config:
     cut_every: int = 0  # real tokens from cut to cut, on average, in a row that forgets; 0 is one cut a row
     charge_thinking: float = 1.0  # weight of the word that a column that thinks would have said
     imitate: float = 0.1  # weight of thinking in pass 2, behind the cut, what was thought in full view
+    tell: float = 0.0  # reward, in nats a nat, of thoughts that tell columns apart, whatever about them
     split_every: int = 60  # steps between splits of an overused thought, while levels are being added or, without curriculum, in the first half of the free phase; 0 never
     free: float = 0.4  # share of the steps, at least, in which thoughts are free and the gate is not trained
     think_cost: float = 0.05  # price of a thought, in nats
@@ -255,6 +256,16 @@ def thought_log_probability(thoughts: Tensor, roll: Rollout, vocab_size: int) ->
     return thoughts.log_softmax(dim=-1).gather(2, chosen[..., None])[..., 0] * roll.thinks
 
 
+def information_kept(thoughts: Tensor, where: Tensor) -> Tensor:
+    """
+    What a thought drawn from the softmax of (B, C, K) logits tells, in nats, of which of the columns `where` (B, C) it was thought at:
+    entropy of the mean softmax less the mean entropy -> scalar, 0 to log K. After Krause, Perona & Gomes 2010.
+    """
+    p = thoughts[where].softmax(dim=-1)  # (N, K)
+    entropy = lambda q: -torch.xlogy(q, q.clamp(min=1e-9)).sum(dim=-1)  # noqa: E731
+    return entropy(p.mean(dim=0)) - entropy(p).mean()
+
+
 def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: bool, generator=None) -> tuple[Tensor, dict]:
     """All of a training step but the rollout and the optimiser -> loss, {name: number} and "row_loss" (B,) for the log."""
     answer = roll.valid & (roll.pointer >= batch.prompt[:, None])  # (B, C) columns that would say a token of the answer
@@ -275,6 +286,8 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         behind = roll.thinks & (cut.cumsum(dim=1) > 0)
         imitation = (thought_log_probability(kept.thoughts, roll, model.config.vocab_size) * behind).sum() / behind.sum().clamp(min=1)
         loss = loss - config.imitate * imitation  # with the past forgotten, think what was thought in full view
+        if config.tell and roll.thinks.any():
+            loss = loss - config.tell * information_kept(full.thoughts, roll.thinks)
 
     weight = torch.where(answer, 1.0, config.prompt_weight)
     if paid:  # when to think
@@ -405,6 +418,12 @@ def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]
         return model.eval(), vocabulary, state
     except (KeyError, TypeError):
         raise DataError(f"the checkpoint in {folder} was written by another program or version") from None
+
+
+def as_trained(state: dict, vocabulary: Vocabulary) -> Thinking:
+    """How the model of a checkpoint thinks: by its gate or, if that has learned nothing yet, as often as it was made to."""
+    config = Config(**state["config"])
+    return Thinking(max_run=config.max_run, after=vocabulary.think_after(), hold=None if state["progress"]["paid"] else config.hold)
 
 
 # ----------------------------------------------------------------------------------------------

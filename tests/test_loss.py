@@ -1,6 +1,7 @@
 """The loss, term by term: by hand, by finite difference of the hand-derived formula, by enumeration of all rollouts."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from data.dataset import Batch
 from model import Rollout, Thinking, rollout
 from train import (
-    Config, draw_cuts, echo, forgetting_mask, hybrid_loss, leave_one_out, policy_gradient, return_to_go, thought_log_probability, weighted,
-    word_loss,
+    Config, draw_cuts, echo, forgetting_mask, hybrid_loss, information_kept, leave_one_out, policy_gradient, return_to_go,
+    thought_log_probability, weighted, word_loss,
 )  # fmt: skip
 
 
@@ -95,6 +96,15 @@ def test_the_echos_gradient_is_the_straight_through_one(tiny):
             g = x.grad[0, column + 1]
             expected = 2.0 * p[0, column] * (E @ g - (p[0, column] @ E) @ g)
         torch.testing.assert_close(logits.grad[0, column], expected)
+
+
+def test_what_thoughts_tell_by_hand():
+    sure = 50 * F.one_hot(torch.tensor([[0, 1, 2, 3]]), 4).float()
+    everywhere = torch.ones(1, 4, dtype=torch.bool)
+    assert information_kept(sure, everywhere).item() == pytest.approx(math.log(4)), "four columns, a thought for each"
+    assert information_kept(0 * sure, everywhere).item() == pytest.approx(0), "undecided everywhere"
+    assert information_kept(sure, torch.tensor([[True, False, False, False]])).item() == pytest.approx(0), "the same everywhere"
+    assert information_kept(sure, torch.tensor([[True, True, False, False]])).item() == pytest.approx(math.log(2))
 
 
 # ----------------------------------------------------------------------------------------------

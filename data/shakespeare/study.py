@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.dataset import DataError, Text, Vocabulary, load_split  # noqa: E402
 from model import GPT, Thinking, rollout  # noqa: E402
 from report import ReportConfig, load_plain, mutual_information  # noqa: E402
-from train import Config, load_config, load_model, pick_device, run, token_loss  # noqa: E402
+from train import Config, as_trained, load_config, load_model, pick_device, run, token_loss  # noqa: E402
 
 BEHIND = 16  # tokens behind the cut
 PLACES = ("start of a line", "start of a word", "inside a word", "behind a word", "in a speaker's name")
@@ -230,9 +230,7 @@ def main(argv: list[str]) -> None:
     if trained.block <= BEHIND:
         raise DataError(f"the windows of {trained.block} tokens are too short: {BEHIND} lie behind the cut")
     frequency = torch.bincount(train.tokens, minlength=len(vocabulary.tokens)).float() + 1
-    thinking = Thinking(greedy=True, max_run=trained.max_run, after=vocabulary.think_after())
-    if not state["progress"]["paid"]:  # the gate has learned nothing yet
-        thinking = dataclasses.replace(thinking, hold=trained.hold)
+    thinking = dataclasses.replace(as_trained(state, vocabulary), greedy=True)
     real = text.first(config.windows, text.block).real[:, 1:].to(config.device)
     study = {"task": state["meta"]["task"], "run": config.run, "plain": config.plain, "seed": trained.seed}
     study["after_forgetting"] = after_forgetting(model, plain, real, (frequency / frequency.sum()).to(config.device), thinking, trained)
