@@ -156,6 +156,8 @@ def measure(report: dict, folder: Path) -> dict[str, float | None]:
     numbers |= {f"{n}, {mode}": a for mode, line in report["modes"].items() for n, a in line["accuracy"].items()}
     numbers |= {f"thoughts at {n}": t for n, t in policy["thoughts_per_row"].items()}
     numbers |= {"nats of the value in a thought": report.get("meaning", {}).get("mutual_information")}
+    if silent := report.get("meaning", {}).get("silent"):
+        numbers |= {"silence behind 0": silent[0], "silence behind other values": sum(silent[1:]) / len(silent[1:])}
     return numbers | {"95% at 1 to 4, seconds": first_time(folder), "seconds": report["seconds"]}
 
 
@@ -179,7 +181,7 @@ COLUMNS = {  # the tables of each set
         ["8", "8, never", "8, random", "8, constant", "8, swapped", "nats of the value in a thought", "thoughts at 1", "thoughts at 4", "thoughts at 8"],
     ],
     "ablations": [["2", "4", "8", "128, window 8", "8, swapped", "nats of the value in a thought", *LEARNING]],
-    "prices": [["1", "2", "4", "8", "128, window 8", "8, never", *(f"thoughts at {n}" for n in (1, 2, 4, 8))]],
+    "prices": [["1", "2", "4", "8", "128, window 8", "8, never", *(f"thoughts at {n}" for n in (1, 2, 4, 8)), "silence behind 0", "silence behind other values"]],
     "moduli": [["worst trained length", "8", "12", "128, window 8", "1024, window 8", "8, never", "8, swapped", "thoughts at 8", *LEARNING]],
     "shakespeare": [
         ["nats", "less than plain", "never", "random", "constant", "swapped", "scattered", "thoughts a token", "seconds"],

@@ -99,7 +99,8 @@ def mutual_information(counts: Tensor) -> float:
 def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict, device: str) -> dict:
     """
     What each thought has come to mean. probe.json holds rows of text and, for every token, a label: what one would have in mind there.
-    Counts the thought that follows a token (if any) against the token's label -> mutual information and entropy in nats, and the table.
+    Counts the thought that follows a token (if any) against the token's label -> mutual information and entropy in nats, and the table;
+    "silent" is the share of tokens of each label that no thought follows: silence can be a symbol, too.
     """
     ids = [vocabulary.encode(text) for text in probe["rows"]]
     length = torch.tensor([len(row) for row in ids], device=device)
@@ -114,14 +115,17 @@ def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict,
     where = (roll.thinks & roll.valid & (label >= 0))[:, :-1]
     pairs = (roll.stream[:, 1:][where] - V) * len(probe["values"]) + label[:, :-1][where]
     counts = torch.bincount(pairs.cpu(), minlength=K * len(probe["values"])).view(K, -1)
+    here = roll.holds_real & roll.valid & (label >= 0)
+    silent = [round((~roll.thinks[here & (label == k)]).float().mean().item(), 4) for k in range(len(probe["values"]))]
     if counts.sum() == 0:
-        return {"label": probe["name"], "mutual_information": 0.0, "values": probe["values"], "counts": counts.tolist()}
+        return {"label": probe["name"], "mutual_information": 0.0, "values": probe["values"], "counts": counts.tolist(), "silent": silent}
     return {
         "label": probe["name"],
         "mutual_information": round(mutual_information(counts), 4),
         "label_entropy": round(mutual_information(torch.diag(counts.sum(0))), 4),
         "values": probe["values"],
         "counts": counts.tolist(),
+        "silent": silent,
     }
 
 
