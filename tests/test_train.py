@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, call
+from test_model import Scripted
 
 import train
+from data.dataset import Vocabulary
 from model import Thinking, generate
-from report import mutual_information
+from report import meaning, mutual_information
 from train import Config, Trainer, evaluate, load_checkpoint, save_checkpoint, split_thought
 
 
@@ -140,6 +142,13 @@ def test_mutual_information_by_hand():
     assert mutual_information(torch.tensor([[5, 0], [0, 5]])) == pytest.approx(ln2)
     assert mutual_information(torch.tensor([[5, 5], [5, 5]])) == pytest.approx(0)
     assert mutual_information(torch.tensor([[2, 0], [2, 0], [0, 4]])) == pytest.approx(ln2), "two thoughts for one value lose nothing"
+
+
+def test_silence_is_counted_by_what_one_would_have_in_mind():
+    vocabulary = Vocabulary({"vocab": ["0", "1", "2", "=", "\n"]})
+    probe = {"name": "value", "values": [0, 1], "rows": ["00=", "11="], "labels": [[0, 0, None], [1, 1, None]]}
+    found = meaning(Scripted([1]), vocabulary, Thinking(greedy=True), probe, "cpu")  # thinks behind every 1 and nowhere else
+    assert found["silent"] == [1.0, 0.0] and found["counts"][1] == [0, 2]
 
 
 def test_train_report_and_sample_as_a_person_runs_them(chains, tmp_path):
