@@ -80,12 +80,15 @@ def addition() -> dict:
 
 
 def shakespeare() -> dict:
-    """Characters of a text: plain, thinking, and notes that outlive forgetting; three seeds."""
+    """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds, the dearer price one."""
     plain = {f"plain_{s}": ["config/shakespeare_plain.toml", f"--seed={s}", "--report=true"] for s in SEEDS[:3]}
     beside = {s: f"--plain=out/shakespeare/plain_{s}" for s in SEEDS[:3]}
     return {
         "plain": plain,
         "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]},
+        "thinking, price 0.1": {
+            "dear_1": ["config/shakespeare.toml", "--think_cost=0.1", "--free=0.5", "--gate_init=0.9", "--gate_lr=0.01", "--sharp=4", "--seed=1", beside[1]]
+        },
         "notes": {f"notes_{s}": ["config/shakespeare_notes.toml", f"--seed={s}", beside[s], f"--init_from=out/shakespeare/plain_{s}"] for s in SEEDS[:3]},
     }
 
