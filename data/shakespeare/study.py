@@ -77,7 +77,7 @@ def after_forgetting(model: GPT, plain: GPT, real: Tensor, frequency: Tensor, th
     plain_loss = lambda x: token_loss(plain, rollout(plain, x, length(x), length(x), never))  # noqa: E731
     first = -frequency.log()[behind[:, :1]]
     note = notes(model, context, thinking, trained.max_run, generator)
-    random = torch.randint_like(note, model.config.n_think) + model.config.vocab_size
+    random = model.config.vocab_size + torch.randint(model.config.n_think, note.shape, generator=generator, device=note.device)
     losses = {
         "plain, full context": plain_loss(real)[:, -BEHIND:],
         "plain, cut": torch.cat([first, plain_loss(behind)], dim=1),
