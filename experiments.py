@@ -80,11 +80,12 @@ def addition() -> dict:
 
 
 def shakespeare() -> dict:
-    """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds, the dearer price one."""
+    """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds, the dearer price and the long plain run one."""
     plain = {f"plain_{s}": ["config/shakespeare_plain.toml", f"--seed={s}", "--report=true"] for s in SEEDS[:3]}
     beside = {s: f"--plain=out/shakespeare/plain_{s}" for s in SEEDS[:3]}
     return {
         "plain": plain,
+        "plain, as much compute": {"long_1": ["config/shakespeare_plain.toml", "--steps=9333", "--seed=1", "--report=true"]},
         "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]},
         "thinking, price 0.1": {
             "dear_1": ["config/shakespeare.toml", "--think_cost=0.1", "--free=0.5", "--gate_init=0.9", "--gate_lr=0.01", "--sharp=4", "--seed=1", beside[1]]
@@ -173,7 +174,7 @@ def measure_text(report: dict, policy: dict, folder: Path) -> dict[str, float | 
     if (folder / "study.json").exists():
         study = json.loads((folder / "study.json").read_text())["after_forgetting"]
         numbers |= {"gap, nats": study["gap_nats"], "bits it can carry": study["bits_a_note_can_carry"], "entropy, bits": study["entropy_bits"]}
-        numbers |= {f"closed by {name}": share for name, share in study["closed"].items()} | {"worth behind, bits": study["bits_worth_behind"]}
+        numbers |= {f"closed by {name}": share for name, share in study["closed"].items()} | {"saved behind, bits": study["bits_saved_behind"]}
     return numbers
 
 
@@ -188,7 +189,7 @@ COLUMNS = {  # the tables of each set
     "moduli": [["worst trained length", "8", "12", "128, window 8", "1024, window 8", "8, never", "8, swapped", "thoughts at 8", *LEARNING]],
     "shakespeare": [
         ["nats", "less than plain", "never", "random", "constant", "swapped", "scattered", "thoughts a token", "seconds"],
-        ["gap, nats", "closed by note", "closed by note, goes on thinking", "closed by note swapped with another window's", "closed by note random", "bits it can carry", "entropy, bits", "worth behind, bits"],
+        ["gap, nats", "closed by note", "closed by note, goes on thinking", "closed by note swapped with another window's", "closed by note random", "bits it can carry", "entropy, bits", "saved behind, bits"],
     ],
     "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
 }

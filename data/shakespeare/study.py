@@ -92,7 +92,6 @@ def after_forgetting(model: GPT, plain: GPT, real: Tensor, frequency: Tensor, th
     closed = {name: ((total["plain, cut"] - total[name]).sum() / gap.sum()).item() for name in losses if name.startswith("note")}
     gain = total["plain, cut"] - total["note"]
     error = (gain - closed["note"] * gap).std().item() / len(gap) ** 0.5 / gap.mean().item()  # of a ratio of means, by the delta method
-    told = math.log(len(torch.unique(note, dim=0)))
     _, counts = torch.unique(note, dim=0, return_counts=True)
     p = counts / counts.sum()
     return {
@@ -103,9 +102,9 @@ def after_forgetting(model: GPT, plain: GPT, real: Tensor, frequency: Tensor, th
         "closed": {name: round(share, 4) for name, share in closed.items()},
         "closed_interval": round(1.96 * error, 4),
         "bits_a_note_can_carry": round(trained.max_run * math.log2(model.config.n_think), 2),
-        "bits_of_different_notes_seen": round(told / math.log(2), 2),
+        "different_notes": len(counts),
         "entropy_bits": round(-(p * p.log2()).sum().item(), 2),
-        "bits_worth_behind": round((total["note swapped with another window's"] - total["note"]).mean().item() / math.log(2), 2),
+        "bits_saved_behind": round(gain.mean().item() / math.log(2), 2),
     }
 
 
