@@ -85,7 +85,7 @@ def shakespeare() -> dict:
     beside = {s: f"--plain=out/shakespeare/plain_{s}" for s in SEEDS[:3]}
     return {
         "plain": plain,
-        "plain, as much compute": {"long_1": ["config/shakespeare_plain.toml", "--steps=9333", "--seed=1", "--report=true"]},
+        "plain, 6,000 steps": {"long_1": ["config/shakespeare_plain.toml", "--steps=6000", "--seed=1", "--report=true"]},
         "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]},
         "thinking, price 0.1": {
             "dear_1": ["config/shakespeare.toml", "--think_cost=0.1", "--free=0.5", "--gate_init=0.9", "--gate_lr=0.01", "--sharp=4", "--seed=1", beside[1]]
