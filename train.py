@@ -440,6 +440,9 @@ class Trainer:
         self.meta = load_meta(config.data)
         self.vocabulary = load_vocabulary(self.meta)
         self.train_rows, self.val_rows = (load_split(config.data, split, self.vocabulary, config.block) for split in ("train", "val"))
+        columns = max(map(self.train_rows.longest, self.train_rows.levels)) * (1 + config.max_run * (config.n_think > 0))
+        if config.n_positions and config.n_positions < columns:
+            raise DataError(f"n_positions = {config.n_positions} is too few: a stream of these data may have {columns} columns")
         torch.manual_seed(config.seed)
         try:
             self.model = GPT(model_config(len(self.vocabulary.tokens), config))

@@ -128,8 +128,9 @@ def test_train_continue_with_thoughts_report_study_and_sample_as_a_person_does(v
     said = [call("sample.py", f"--run={out}", "--greedy=false", "--max_new_tokens=100", *options, "GHOST:", check=True).stdout for options in ([], ["--show_thoughts"])]
     assert len(said[0]) == len("GHOST:") + 100 + 1 and said[0].startswith("GHOST:")
     assert "[" not in said[0] and "[" in said[1]
-    bad = call("train.py", "config/shakespeare.toml", *small, "--n_embd=32", f"--init_from={plain}", f"--out={out}")
-    assert bad.returncode == 1 and bad.stderr.startswith("train.py: init_from") and bad.stderr.count("\n") == 1
+    for option, complaint in {"--n_embd=32": "init_from", "--n_positions=47": "n_positions = 47 is too few", "--block=100000": "block = 100000"}.items():
+        bad = call("train.py", "config/shakespeare.toml", *small, f"--init_from={plain}", f"--out={out}", option)
+        assert bad.returncode == 1 and bad.stderr.startswith(f"train.py: {complaint}") and bad.stderr.count("\n") == 1
 
 
 def test_a_sample_that_streams_says_what_one_that_waits_says(tiny):
