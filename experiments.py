@@ -189,7 +189,7 @@ COLUMNS = {  # the tables of each set
     "moduli": [["worst trained length", "8", "12", "128, window 8", "1024, window 8", "8, never", "8, swapped", "thoughts at 8", *LEARNING]],
     "shakespeare": [
         ["nats", "less than plain", "never", "random", "constant", "swapped", "scattered", "thoughts a token", "seconds"],
-        ["gap, nats", "closed by note", "closed by note, goes on thinking", "closed by note swapped with another window's", "closed by note random", "bits it can carry", "entropy, bits", "saved behind, bits"],
+        ["gap, nats", "closed by note", "closed by note, goes on thinking", "closed by note swapped with another window's", "closed by note random", "closed by note constant", "bits it can carry", "entropy, bits", "saved behind, bits"],
     ],
     "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
 }

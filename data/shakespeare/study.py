@@ -85,6 +85,7 @@ def after_forgetting(model: GPT, plain: GPT, real: Tensor, frequency: Tensor, th
         "note, goes on thinking": behind_note(model, note, behind, thinking, generator),
         "note swapped with another window's": behind_note(model, note.roll(1, dims=0), behind, never),
         "note random": behind_note(model, random, behind, never),
+        "note constant": behind_note(model, note.mode(dim=0).values.expand_as(note), behind, never),
         "thinking, full context": token_loss(model, rollout(model, real, length(real), length(real), thinking, generator))[:, -BEHIND:],
     }
     total = {name: loss.sum(dim=1) for name, loss in losses.items()}  # (B,) each
