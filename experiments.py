@@ -80,17 +80,18 @@ def addition() -> dict:
 
 
 def shakespeare() -> dict:
-    """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds, the dearer price and the long plain run one."""
-    plain = {f"plain_{s}": ["config/shakespeare_plain.toml", f"--seed={s}", "--report=true"] for s in SEEDS[:3]}
+    """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds, two for thinking, else one."""
     beside = {s: f"--plain=out/shakespeare/plain_{s}" for s in SEEDS[:3]}
-    return {
-        "plain": plain,
+    notes = {s: ["config/shakespeare_notes.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]}
+    dear = ["--think_cost=0.1", "--free=0.5", "--gate_init=0.9", "--gate_lr=0.01", "--sharp=4"]
+    more = ["--steps=1000", "--lr=5e-4", "--hold=0.1"]
+    return {  # in this order, since some begin with the weights of others
+        "plain": {f"plain_{s}": ["config/shakespeare_plain.toml", f"--seed={s}", "--report=true"] for s in SEEDS[:3]},
+        "notes": {f"notes_{s}": [*options, f"--init_from=out/shakespeare/plain_{s}"] for s, options in notes.items()},
+        "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:2]},
+        "thinking, price 0.1": {"dear_1": ["config/shakespeare.toml", *dear, "--seed=1", beside[1]]},
         "plain, 6,000 steps": {"long_1": ["config/shakespeare_plain.toml", "--steps=6000", "--seed=1", "--report=true"]},
-        "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]},
-        "thinking, price 0.1": {
-            "dear_1": ["config/shakespeare.toml", "--think_cost=0.1", "--free=0.5", "--gate_init=0.9", "--gate_lr=0.01", "--sharp=4", "--seed=1", beside[1]]
-        },
-        "notes": {f"notes_{s}": ["config/shakespeare_notes.toml", f"--seed={s}", beside[s], f"--init_from=out/shakespeare/plain_{s}"] for s in SEEDS[:3]},
+        "notes, 1,000 steps more": {f"more_{s}": [*options, *more, f"--init_from=out/shakespeare/notes_{s}"] for s, options in notes.items()},
     }
 
 
