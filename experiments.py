@@ -129,7 +129,7 @@ def train_one(folder: Path, options: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     good = call(["train.py", *options, f"--out={folder}"], folder / "log.txt")
     config = load_config(options)
-    if good and config.n_think and config.block and "nats" in json.loads((folder / "report.json").read_text())["modes"]["policy"]:
+    if good and config.n_think and config.report and "nats" in json.loads((folder / "report.json").read_text())["modes"]["policy"]:
         good = call(["data/shakespeare/study.py", f"--run={folder}", f"--plain={config.plain}"], folder / "study.txt")
     print(f"{folder} {'done' if good else 'FAILED, see its log.txt'}", flush=True)
 

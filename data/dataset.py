@@ -133,10 +133,14 @@ class Text:
         """`size` windows that begin anywhere."""
         return self._take(torch.randint(len(self.tokens) - self.block, (size,), generator=generator))
 
-    def first(self, size: int, level: int) -> Batch:
-        """`size` windows spread evenly, or as many as there are without overlap."""
+    def spread(self, size: int) -> Tensor:
+        """Where `size` windows begin that are spread evenly, or as many as there are without overlap -> (N,)."""
         count = min(size, (len(self.tokens) - 1) // self.block)
-        return self._take(torch.arange(count) * ((len(self.tokens) - 1) // count))
+        return torch.arange(count) * ((len(self.tokens) - 1) // count)
+
+    def first(self, size: int, level: int) -> Batch:
+        """`size` windows spread evenly."""
+        return self._take(self.spread(size))
 
     def _take(self, start: Tensor) -> Batch:
         length = torch.full_like(start, self.block + 1)

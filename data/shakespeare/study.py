@@ -158,10 +158,9 @@ def information(thoughts: Tensor, labels: Tensor, n_think: int) -> float:
 def where_and_what(model: GPT, plain: GPT, text: Text, vocabulary: Vocabulary, thinking: Thinking, config: StudyConfig) -> dict:
     """Thinking rates by place and by the plain model's loss; information in the first thought of a run about what one might have in mind there."""
     batch = text.first(config.windows, text.block)
-    starts = torch.arange(len(batch.real)) * ((len(text.tokens) - 1) // len(batch.real))  # as Text.first takes them
     characters, ends = token_ends(text.tokens, vocabulary)
     labels = {name: torch.tensor(values) for name, values in describe(characters).items()}
-    at = starts[:, None] + torch.arange(text.block + 1)  # (N, T) index of each window's tokens in the text
+    at = text.spread(config.windows)[:, None] + torch.arange(text.block + 1)  # (N, T) index of each window's tokens in the text
     generator, found = torch.Generator(config.device).manual_seed(0), []
     for i in range(0, len(at), 100):
         real = batch.real[i : i + 100].to(config.device)
