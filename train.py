@@ -339,18 +339,20 @@ def split_thought(model: GPT, optimiser: torch.optim.Optimizer, usage: Tensor, g
 
 def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None) -> tuple[Rollout, Tensor]:
     """The model answers a batch's prompts by itself -> the rollout, (B,) bool: the whole answer is right."""
+    trained = model.training  # a model that came for evaluation only keeps its dropout off
     model.eval()
     roll = rollout(model, batch.real, batch.prompt, batch.length, thinking, generator)
-    model.train()
+    model.train(trained)
     return roll, (roll.real == batch.real).all(dim=1)
 
 
 @torch.no_grad()
 def token_loss(model: GPT, roll: Rollout) -> Tensor:
     """-> (B, T - 1): -log p of each real token but the first where it was said, in nats; 0 behind a row's end. Everything in view."""
+    trained = model.training
     model.eval()
     loss = word_loss(model(roll.stream).words, roll) * roll.speaks
-    model.train()
+    model.train(trained)
     return loss.new_zeros(len(loss), roll.real.size(1) + 1).scatter_add(1, roll.pointer, loss)[:, 1:-1]
 
 

@@ -137,6 +137,17 @@ def test_evaluation_agrees_with_what_generate_says(chains, tmp_path):
     assert [a == t for a, t in zip(answers, truth)] == right.tolist()
 
 
+def test_evaluation_switches_dropout_off_and_leaves_the_model_as_it_was(chains, tmp_path):
+    trainer = Trainer(small(chains, tmp_path, dropout=0.5))
+    batch, thinking = trainer.val_rows.first(5, 3), Thinking(greedy=True)
+    for training in (True, False):
+        trainer.model.train(training)
+        rolls = [evaluate(trainer.model, batch, thinking)[0] for _ in range(2)]
+        assert torch.equal(rolls[0].stream, rolls[1].stream)
+        assert torch.equal(*(train.token_loss(trainer.model, rolls[0]) for _ in range(2)))
+        assert trainer.model.training == training
+
+
 def test_mutual_information_by_hand():
     ln2 = torch.tensor(2.0).log().item()
     assert mutual_information(torch.tensor([[5, 0], [0, 5]])) == pytest.approx(ln2)
