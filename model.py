@@ -1,9 +1,10 @@
 """
 A GPT that may think: silent extra tokens between the tokens it says, in one file.
 
-The network is an ordinary pre-norm decoder with rotary positions. Three things are added:
-K thoughts in the vocabulary, a gate (one number a column: think next, or speak?), and `rollout`, the one
-loop that walks a batch of rows from left to right, with a thought wherever the gate asks for one.
+The network is an ordinary pre-norm decoder with rotary positions. Four things are added:
+K thoughts in the vocabulary, a gate (one number a column: think next, or speak?), an observer (one more attention head
+in the last block, which watches the layers below), and `rollout`, the one loop that walks a batch of rows from left
+to right, with a thought wherever the gate asks for one.
 Training, evaluation and sampling all use that loop.
 
 Not here: the loss (train.py), any task, any path, any logging. The output of `generate` holds no thought.
@@ -45,7 +46,23 @@ class GPTConfig:
     rope_base: float = 100.0  # the longest wavelength of the rotary positions, in columns, over 2 pi
     n_positions: int = 0  # 0: rotary positions; above: GPT-2's way, learned positions for so many columns, and its tanh GELU
     gate_init: float = 0.9  # probability of thinking of an untrained gate
+    observer: str = ""  # layers whose outputs the observer head watches, e.g. "1,2,3" (0 is the embedding); "quarters" of the depth; "" is no observer
+    observer_shapes: bool = False  # gradients that reach the observer go on into the layers it watches
     sharp: float = 1.0  # spread of untrained thought logits; well above 1, a thought tells states apart before it has learned anything
+
+    def watched(self) -> list[int]:
+        """Layers under the observer's eyes. Raises ValueError."""
+        quarters = [min(round(self.n_layer * quarter / 4), self.n_layer - 1) for quarter in (1, 2, 3)]
+        try:
+            layers = quarters if self.observer == "quarters" else [int(layer) for layer in filter(None, self.observer.split(","))]
+        except ValueError:
+            raise ValueError(f"observer = {self.observer!r} is neither quarters nor layers such as 1,2,3") from None
+        if any(not 0 <= layer < self.n_layer for layer in layers):
+            raise ValueError(f"observer = {self.observer!r}: the layers below the last block are 0 to {self.n_layer - 1}")
+        return sorted(set(layers))
+
+
+READINGS = ("coming", "worth", "ahead")  # what the observer reads off, in nats: see Observer
 
 
 class Output(NamedTuple):
@@ -54,6 +71,7 @@ class Output(NamedTuple):
     words: Tensor  # (B, C, V) logits of the next real token, if the column speaks
     thoughts: Tensor  # (B, C, K) logits of the thoughts, if it thinks
     gate: Tensor  # (B, C) logit of thinking; -inf in a plain GPT
+    readings: Tensor  # (B, C, 3) of the observer; (B, C, 0) without one
 
 
 class KVCache:
@@ -68,22 +86,23 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch: int, columns: int, window: int = 0, device=None):
         self.size = min(window, columns) if window else columns
         self.window = window
-        shape = (config.n_layer, batch, config.n_head, self.size, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device)  # (n_layer, B, nh, size, hs)
+        heads = config.n_head + bool(config.observer)  # the observer's is used in the last layer only
+        shape = (config.n_layer, batch, heads, self.size, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, device=device)  # (n_layer, B, heads, size, hs)
         self.values = torch.zeros(shape, device=device)
         self.length = 0  # columns stored so far; the same for all rows
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, nh, C, hs) of new columns; return those of all columns in view."""
-        C, start = k.size(2), self.length % self.size if self.window else self.length
+        (_, nh, C, _), start = k.shape, self.length % self.size if self.window else self.length
         if self.window and C > 1:
             raise ValueError("a cache with a window takes one column at a time")
         if start + C > self.size:
             raise ValueError(f"the cache holds {self.size} columns, {start + C} were asked for")
-        self.keys[layer, :, :, start : start + C] = k
-        self.values[layer, :, :, start : start + C] = v
+        self.keys[layer, :, :nh, start : start + C] = k
+        self.values[layer, :, :nh, start : start + C] = v
         seen = min(self.length + C, self.size)
-        return self.keys[layer, :, :, :seen], self.values[layer, :, :, :seen]
+        return self.keys[layer, :, :nh, :seen], self.values[layer, :, :nh, :seen]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,37 +111,72 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-class Attention(nn.Module):
+class Observer(nn.Module):
+    """
+    One attention head that watches how the thinking goes: it asks with the last block's input, and what it sees, its keys and values, are the
+    outputs of the layers below, side by side. What it sensed goes on with the other heads, to the words and the gate; and three numbers are read off it:
+      coming   the loss of the next real token, if the column speaks now
+      worth    how much one more thought here lowers the loss of what comes later, before its price
+      ahead    the loss of all that comes later, thoughts' prices included
+    """
+
     def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.layers, self.shapes = config.watched(), config.observer_shapes
+        hs, width = config.n_embd // config.n_head, config.n_embd * len(self.layers)
+        self.norm = nn.LayerNorm(width)
+        self.q, self.kv = nn.Linear(config.n_embd, hs), nn.Linear(width, 2 * hs)
+        self.read = nn.Linear(hs, len(READINGS))
+
+    def forward(self, x: Tensor, below: list[Tensor]) -> Tensor:
+        """x (B, C, n_embd), below: outputs of the embedding and each layer, (B, C, n_embd) -> q, k, v as (B, C, 3, 1, hs)."""
+        seen = torch.cat([below[layer] for layer in self.layers], dim=-1)  # (B, C, layers * n_embd)
+        if not self.shapes:
+            x, seen = x.detach(), seen.detach()
+        return torch.cat([self.q(x), self.kv(self.norm(seen))], dim=-1).view(*x.shape[:2], 3, 1, -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, observer: bool = False):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.observer = Observer(config) if observer else None
+        self.proj = nn.Linear(config.n_embd + observer * config.n_embd // config.n_head, config.n_embd)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, layer=0):
-        B, C, D = x.shape
-        qkv = self.qkv(x).view(B, C, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, C, hs)
-        (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]
+    def heads(self, x, below, cos, sin):
+        """-> q, k, v, each (B, nh, C, hs), rotated; nh is one more with the observer."""
+        qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_head, -1)
+        if self.observer is not None:
+            qkv = torch.cat([qkv, self.observer(x, below)], dim=3)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, C, 3, nh, hs) -> (3, B, nh, C, hs)
+        return *rotate(qkv[:2], cos, sin), qkv[2]
+
+    def forward(self, x, below, cos, sin, mask=None, cache=None, layer=0):
+        """-> (B, C, n_embd), and what the observer sensed, (B, C, hs), or None."""
+        q, k, v = self.heads(x, below, cos, sin)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, nh, S, hs), S columns in view
         p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and C > 1)
-        return self.proj(y.transpose(1, 2).reshape(B, C, D))  # (B, nh, C, hs) -> (B, C, n_embd)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and x.size(1) > 1)
+        y = y.transpose(1, 2).flatten(2)  # (B, nh, C, hs) -> (B, C, nh * hs)
+        return self.proj(y), y[..., x.size(-1) :] if self.observer is not None else None
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, observer: bool = False):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
-        self.attention = Attention(config)
+        self.attention = Attention(config, observer)
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd)
         self.gelu = nn.GELU("tanh" if config.n_positions else "none")
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, *attend):
-        x = x + self.drop(self.attention(self.norm1(x), *attend))
-        return x + self.drop(self.down(self.gelu(self.up(self.norm2(x)))))
+        y, sensed = self.attention(self.norm1(x), *attend)
+        x = x + self.drop(y)
+        return x + self.drop(self.down(self.gelu(self.up(self.norm2(x))))), sensed
 
 
 class GPT(nn.Module):
@@ -134,10 +188,11 @@ class GPT(nn.Module):
             raise ValueError(f"n_embd = {D} must split into n_head = {config.n_head} heads of even size")
         self.embedding = nn.Embedding(V + K, D)
         self.position = nn.Embedding(config.n_positions, D) if config.n_positions else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        watched = [bool(config.watched()) and layer == config.n_layer - 1 for layer in range(config.n_layer)]
+        self.blocks = nn.ModuleList(Block(config, observer) for observer in watched)
         self.norm = nn.LayerNorm(D)
         self.head = nn.Linear(D, V + K)
-        self.gate = nn.Linear(D, 1) if K else None
+        self.gate = nn.Linear(D + bool(config.observer) * D // config.n_head, 1) if K else None
         self.drop = nn.Dropout(config.dropout)
         frequency = config.rope_base ** -torch.linspace(0, 1, D // config.n_head // 2 + 1)[:-1]
         frequency = frequency * (not config.n_positions)
@@ -173,29 +228,36 @@ class GPT(nn.Module):
             x = x + self.position.weight[start : start + x.size(1)]
         angle = torch.arange(start, start + x.size(1), device=x.device)[:, None] * self.frequency  # (C, hs / 2)
         cos, sin, x = angle.cos(), angle.sin(), self.drop(x)
+        below = [x]  # outputs of the embedding and of each layer, (B, C, n_embd)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, cache, layer)
+            x, sensed = block(x, below, cos, sin, mask, cache, layer)
+            below.append(x)
         if cache is not None:
             cache.length += x.size(1)
         x = self.norm(x)
         words, thoughts = self.head(x).split([self.config.vocab_size, self.config.n_think], dim=-1)
+        readings = words[..., :0] if sensed is None else self.blocks[-1].attention.observer.read(sensed)
         if self.gate is None:
-            return Output(words, thoughts, torch.full_like(words[..., 0], -torch.inf))
+            return Output(words, thoughts, torch.full_like(words[..., 0], -torch.inf), readings)
         # the gate reads the trunk but does not shape it: the noise of its policy gradient wears off what thoughts mean
-        return Output(words, thoughts, self.gate(x.detach())[..., 0])
+        seen = x if sensed is None else torch.cat([x, sensed], dim=-1)
+        return Output(words, thoughts, self.gate(seen.detach())[..., 0], readings)
 
     @torch.no_grad()
     def adopt(self, weights: dict[str, Tensor]) -> None:
         """
-        Begin with the weights of a model of the same words and fewer thoughts, or none: whatever it can say it says as before;
-        thoughts it lacks, and the gate, stay as they are. Raises ValueError where the shapes are of another model.
+        Begin with the weights of a model of the same words and fewer thoughts, or none, or without an observer: whatever it can say it says as
+        before; thoughts it lacks, a gate or an observer it lacks, stay as they are. Raises ValueError where the shapes are of another model.
         """
         own = self.state_dict()
         for name in ("embedding.weight", "head.weight", "head.bias"):
             theirs, ours = weights[name], own[name]
             if self.config.vocab_size <= len(theirs) <= len(ours) and theirs.shape[1:] == ours.shape[1:]:
                 weights = weights | {name: torch.cat([theirs.to(ours), ours[len(theirs) :]])}
-        missing = [name for name in own if name not in weights and not name.startswith("gate.")]
+        for name in (f"blocks.{self.config.n_layer - 1}.attention.proj.weight", "gate.weight"):  # an observer widens them: nobody listens to it yet
+            if name in weights and name in own and own[name].size(1) > weights[name].size(1):
+                weights = weights | {name: F.pad(weights[name], (0, own[name].size(1) - weights[name].size(1)))}
+        missing = [name for name in own if name not in weights and not name.startswith("gate.") and ".observer." not in name]
         wrong = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
         if missing or wrong:
             raise ValueError(f"weights of another shape: {', '.join((missing + wrong)[:3])}")
@@ -239,6 +301,7 @@ class Thinking:
 
     mode: str = "policy"  # policy | never | random | constant | swapped (with the next row of the batch)
     hold: float | None = None  # runs of max_run thoughts, begun with this probability; the gate is not asked
+    explore: float = 0.0  # the gate, if asked, does the one thing and the other with this probability at least
     greedy: bool = False  # think where the gate, if asked, says more than 1/2; take the likeliest thought and word
     max_run: int = 1  # thoughts in a row, at most
     after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None is all
@@ -294,7 +357,7 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
     token, pointer, run = real[:, 0], torch.ones(B, dtype=torch.long, device=device), torch.zeros_like(given)
     record = []  # of (token, pointer, decides, thinks, valid), each (B,)
     for _ in range(columns):
-        words, thoughts, gate = (y[:, -1] for y in model(token[:, None], cache=cache))  # (B, V), (B, K), (B,)
+        words, thoughts, gate, _ = (y[:, -1] for y in model(token[:, None], cache=cache))  # (B, V), (B, K), (B,)
         valid = pointer < length
         decides = valid & (run < runs) & may_follow[token]
         thinks = decides & think_now(gate, run, thinking, generator)
@@ -329,10 +392,12 @@ def without_thoughts(real: Tensor, length: Tensor) -> Rollout:
 def think_now(gate: Tensor, run: Tensor, thinking: Thinking, generator=None) -> Tensor:
     """(B,) gate logits, (B,) thoughts already in this run -> (B,) bool."""
     if thinking.hold is not None:
-        gate = torch.where(run == 0, thinking.hold, 1.0).logit()
+        probability = torch.where(run == 0, thinking.hold, 1.0)
     elif thinking.greedy:
         return gate > 0
-    return torch.rand(gate.shape, generator=generator, device=gate.device) < gate.sigmoid()
+    else:
+        probability = thinking.explore + (1 - 2 * thinking.explore) * gate.sigmoid()
+    return torch.rand(gate.shape, generator=generator, device=gate.device) < probability
 
 
 def draw(logits: Tensor, generator=None) -> Tensor:

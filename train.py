@@ -59,6 +59,8 @@ class Config:
     dropout: float = 0.0
     rope_base: float = 100.0
     n_positions: int = 0  # 0: rotary positions; above: learned ones, for so many columns, as GPT-2 has
+    observer: str = ""  # layers that the observer head watches: "quarters" of the depth, or "0,1"; "" is no observer
+    observer_shapes: bool = False  # gradients that reach the observer go on into the layers it watches
     # optimisation
     steps: int = 1500
     batch_tokens: int = 1536  # real tokens a step, all rollouts counted: many short rows or few long ones
@@ -92,6 +94,9 @@ class Config:
     think_cost: float = 0.05  # price of a thought, in nats
     gate_weight: float = 1.0  # weight of the gate's policy gradient
     horizon: int = 0  # real tokens whose loss a thought is rewarded by; 0 is all that follow
+    explore: float = 0.0  # in the paid phase, probability at which the gate does the one thing, and the other, whatever it says
+    baseline: str = "leave_one_out"  # of the gate's policy gradient: leave_one_out | observer | both
+    observer_weight: float = 0.1  # weight of the observer's error in what it reads off
     rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
     # habits
     eval_every: int = 100
@@ -245,9 +250,55 @@ def leave_one_out(returns: Tensor, roll: Rollout, rollouts: int) -> Tensor:
     return others.view_as(at).gather(1, roll.pointer)
 
 
+def baseline(returns: Tensor, cost: Tensor, ahead: Tensor, roll: Rollout, config: Config) -> Tensor:
+    """
+    (B, C): what a return-to-go is compared with, whatever the column did. The mean of the row's other rollouts, or of a single rollout what it would
+    have lost by speaking at once; what the observer saw `ahead` (B, C); or both: the observer, mended by what it missed in the other rollouts.
+    """
+    if config.baseline == "observer":
+        return -ahead
+    if config.rollouts == 1:
+        return -cost
+    seen = -ahead if config.baseline == "both" else torch.zeros_like(returns)
+    return seen + leave_one_out(returns - seen, roll, config.rollouts)
+
+
+def worth_of_thinking(cost: Tensor, roll: Rollout, rollouts: int, horizon: int) -> tuple[Tensor, Tensor]:
+    """
+    Nats by which a thought at a column lowered the (B, C) cost of what was said later, before its price -> (B, C), and where that is known (B, C) bool.
+    With a horizon of one token: its cost if said at once less its cost behind the thought. Else from the other rollouts of the row that did the other thing at
+    the same real token: the later cost of those that spoke less that of those that thought, for each column its own cost against the others' mean.
+    """
+    later = -return_to_go(cost, roll, 0.0, horizon)
+    if horizon == 1:
+        return cost - later, roll.thinks
+    first = roll.decides & roll.holds_real
+    grouped = lambda where: at_positions(where.float(), roll).view(-1, rollouts, roll.real.size(1) + 1)  # noqa: E731
+    thought, spoke = grouped(first & roll.thinks), grouped(first & ~roll.thinks)  # (B / rollouts, rollouts, T + 1)
+    value = at_positions(later, roll).view_as(thought)
+    mean = lambda which: (value * which).sum(1, keepdim=True) / which.sum(1, keepdim=True).clamp(min=1)  # noqa: E731
+    worth = torch.where(thought > 0, mean(spoke) - value, value - mean(thought))
+    known = ((thought + spoke) * thought.sum(1, keepdim=True) * spoke.sum(1, keepdim=True)) > 0
+    back = lambda x: x.view(len(cost), -1).gather(1, roll.pointer)  # noqa: E731
+    return back(worth), back(known) & first
+
+
+def observer_loss(readings: Tensor, targets: tuple, where: tuple) -> Tensor:
+    """Squared error of each reading (B, C, R) against its own target (B, C), mean over its own columns (B, C) bool, summed -> scalar, nats squared."""
+    error = (readings - torch.stack(targets, dim=-1).detach()).square()
+    counted = torch.stack(where, dim=-1)
+    return ((error * counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1)).sum()
+
+
 def policy_gradient(log_probability: Tensor, advantage: Tensor, where: Tensor) -> Tensor:
     """REINFORCE: minus the mean of advantage times log-probability of what was done, over the columns `where` -> scalar."""
     return -(advantage.detach() * log_probability * where).sum() / where.sum().clamp(min=1)
+
+
+def log_choice(gate: Tensor, thinks: Tensor, explore: float) -> Tensor:
+    """log p of what was done, in nats, of a gate (logits) that does the one thing, and the other, with probability `explore` whatever it says."""
+    free = math.log(1 - 2 * explore) + F.logsigmoid(torch.where(thinks, gate, -gate))
+    return torch.logaddexp(free, torch.tensor(explore).log().to(free))
 
 
 def thought_log_probability(thoughts: Tensor, roll: Rollout, vocab_size: int) -> Tensor:
@@ -290,13 +341,17 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
             loss = loss - config.tell * information_kept(full.thoughts, roll.thinks)
 
     weight = torch.where(answer, 1.0, config.prompt_weight)
+    cost = loss_full.detach() * weight
+    returns = return_to_go(cost, roll, config.think_cost * paid, config.horizon)
+    ahead = full.readings[..., 2].detach() if config.observer else torch.zeros_like(cost)
     if paid:  # when to think
-        cost = loss_full.detach() * weight
-        returns = return_to_go(cost, roll, config.think_cost, config.horizon)
-        # a single rollout is compared with what it would have lost by speaking at once
-        baseline = leave_one_out(returns, roll, config.rollouts) if config.rollouts > 1 else -cost
-        action = F.logsigmoid(torch.where(roll.thinks, full.gate, -full.gate))
-        loss = loss + config.gate_weight * policy_gradient(action, returns - baseline, roll.decides)
+        advantage = returns - baseline(returns, cost, ahead, roll, config)
+        action = log_choice(full.gate, roll.thinks, config.explore)
+        loss = loss + config.gate_weight * policy_gradient(action, advantage, roll.decides)
+    if config.observer:
+        worth, known = worth_of_thinking(cost, roll, config.rollouts if paid else 1, config.horizon)
+        error = observer_loss(full.readings, (loss_full, worth, -returns), (roll.valid, known, roll.valid))
+        loss, log["observer"] = loss + config.observer_weight * error, error.item()
     if model.config.n_think and config.thought_grad == "reinforce":  # what to think, without the echo
         returns = return_to_go(loss_kept.detach() * weight, roll, 0.0, config.horizon)
         action = thought_log_probability(full.thoughts, roll, model.config.vocab_size)
@@ -437,6 +492,10 @@ class Trainer:
         self.config, self.device = config, pick_device(config.device)
         if config.thought_grad not in ("echo", "reinforce"):
             raise DataError(f"thought_grad = {config.thought_grad!r} is neither echo nor reinforce")
+        if config.baseline not in ("leave_one_out", "observer", "both"):
+            raise DataError(f"baseline = {config.baseline!r} is none of leave_one_out, observer, both")
+        if config.baseline != "leave_one_out" and not config.observer:
+            raise DataError(f"baseline = {config.baseline!r} needs an observer, e.g. --observer=quarters")
         if config.threads:
             torch.set_num_threads(config.threads)
         self.meta = load_meta(config.data)
@@ -474,7 +533,7 @@ class Trainer:
         levels = self.train_rows.levels[: self.reached]
         rows = max(1, c.batch_tokens // self.train_rows.longest(levels[-1]) // several)
         batch = self.train_rows.draw(rows, levels, self.generator).to(self.device).repeat(several)
-        thinking = dataclasses.replace(self.thinking, hold=None if self.paid else c.hold)
+        thinking = dataclasses.replace(self.thinking, hold=None if self.paid else c.hold, explore=c.explore)
         roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, self.noise)
         loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
         for group in self.optimiser.param_groups:

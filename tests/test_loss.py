@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from data.dataset import Batch
 from model import Rollout, Thinking, rollout
 from train import (
-    Config, draw_cuts, echo, forgetting_mask, hybrid_loss, information_kept, leave_one_out, policy_gradient, return_to_go,
-    thought_log_probability, weighted, word_loss,
+    Config, baseline, draw_cuts, echo, forgetting_mask, hybrid_loss, information_kept, leave_one_out, log_choice, observer_loss, policy_gradient,
+    return_to_go, thought_log_probability, weighted, word_loss, worth_of_thinking,
 )  # fmt: skip
 
 
@@ -259,3 +259,51 @@ def test_who_gets_a_gradient(tiny, paid, thought_grad):
     hybrid_loss(model, roll, batch_of(roll, 4), config, paid, torch.Generator().manual_seed(0))[0].backward()
     assert model.head.weight.grad[5:].abs().sum() > 0
     assert (model.gate.weight.grad is not None) == paid
+
+
+# ----------------------------------------------------------------------------------------------
+# the observer
+
+
+def test_the_worth_of_a_thought_by_hand():
+    # two rollouts of the row 0 1 2: the first thinks behind 0 and behind 1, the second behind 1 only
+    roll = roll_of([[0, 5, 1, 6, 2], [0, 1, 5, 2]], [[0, 1, 2, 3], [0, 1, 2, 3]])
+    cost = torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0], [3.0, 9.0, 5.0, 6.0, 0.0]])
+    worth, known = worth_of_thinking(cost, roll, rollouts=2, horizon=0)
+    assert known.tolist() == [[True, False, False, False, False], [True, False, False, False, False]], "behind 0 they differ"
+    assert worth[0, 0] == worth[1, 0] == (3 + 5 + 6) - (1 + 2 + 4), "what was spoken later cost 14 without and 7 with"
+    worth, known = worth_of_thinking(cost, roll, rollouts=2, horizon=1)
+    assert known.tolist() == roll.thinks.tolist() and worth[known].tolist() == [9 - 1, 9 - 2, 9 - 5], "the next token: said at once, or behind the thought"
+
+
+def test_one_against_several_is_compared_with_their_mean():
+    roll = roll_of([[0, 5, 1], [0, 1], [0, 1]], [[0, 1, 2]] * 3)
+    cost = torch.tensor([[0.0, 1.0, 1.0], [2.0, 2.0, 0.0], [4.0, 2.0, 0.0]])
+    worth, known = worth_of_thinking(cost, roll, rollouts=3, horizon=0)
+    assert known[:, 0].all() and worth[:, 0].tolist() == [5.0 - 2.0, 4.0 - 2.0, 6.0 - 2.0]
+
+
+def test_each_reading_errs_on_its_own_columns():
+    readings = torch.tensor([[[1.0, 0.0, 2.0], [3.0, 5.0, 0.0]]])
+    zero, all_, first = torch.zeros(1, 2), torch.tensor([[True, True]]), torch.tensor([[True, False]])
+    assert observer_loss(readings, (zero, zero, zero), (all_, first, first)).item() == (1 + 9) / 2 + 0 + 4
+    assert observer_loss(readings, (zero, zero, zero), (all_, ~all_, first)).item() == 5 + 0 + 4, "nothing known, nothing lost"
+
+
+def test_the_baselines_by_hand():
+    roll = roll_of([[0, 1], [0, 1]], [[0, 1, 2], [0, 1, 2]])
+    returns, ahead = torch.tensor([[-3.0, -1.0], [-5.0, -2.0]]), torch.tensor([[4.0, 1.0], [4.0, 1.5]])
+    of = lambda name, rollouts=2: baseline(returns, -returns, ahead, roll, Config(baseline=name, rollouts=rollouts)).tolist()  # noqa: E731
+    assert of("leave_one_out") == [[-5, -2], [-3, -1]]
+    assert of("observer") == [[-4, -1], [-4, -1.5]]
+    assert of("both") == [[-4 + (-5 + 4), -1 + (-2 + 1.5)], [-4 + (-3 + 4), -1.5 + (-1 + 1)]]
+    assert of("leave_one_out", rollouts=1) == returns.tolist(), "a single one: what speaking at once would cost"
+
+
+def test_an_exploring_gate_says_the_probability_of_what_it_did():
+    gate = torch.tensor([-200.0, -1.0, 3.0])
+    for explore in (0.0, 0.1):
+        think, speak = (log_choice(gate, torch.full((3,), did), explore) for did in (True, False))
+        assert torch.isfinite(think).all()
+        torch.testing.assert_close(think.exp() + speak.exp(), torch.ones(3))
+        torch.testing.assert_close(think.exp(), explore + (1 - 2 * explore) * gate.sigmoid())

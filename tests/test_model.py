@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from model import KVCache, Output, Thinking, draw, generate, rollout
+from model import GPTConfig, KVCache, Output, Thinking, draw, generate, rollout
 
 
 def ids(model, rows=4, columns=9, seed=0):
@@ -13,9 +13,9 @@ def ids(model, rows=4, columns=9, seed=0):
     return torch.randint(total, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("n_think", [0, 3])
-def test_one_column_at_a_time_equals_all_at_once(tiny, n_think):
-    model = tiny(n_think=n_think)
+@pytest.mark.parametrize("n_think, observer", [(0, ""), (3, ""), (3, "0,1"), (0, "quarters")])
+def test_one_column_at_a_time_equals_all_at_once(tiny, n_think, observer):
+    model = tiny(n_think=n_think, observer=observer)
     x = ids(model)
     cache = KVCache(model.config, *x.shape)
     steps = [model(x[:, c : c + 1], cache=cache) for c in range(x.size(1))]
@@ -33,7 +33,7 @@ def test_a_prompt_fed_at_once_then_columns_equals_all_at_once(tiny):
 
 @pytest.mark.parametrize("window", [1, 3, 20])
 def test_the_ring_cache_equals_a_banded_mask(tiny, window):
-    model = tiny()
+    model = tiny(observer="quarters")
     x = ids(model, columns=12)
     cache = KVCache(model.config, 4, 12, window)
     words = torch.cat([model(x[:, c : c + 1], cache=cache).words for c in range(12)], dim=1)
@@ -77,6 +77,56 @@ def test_the_gate_reads_the_trunk_but_sends_it_no_gradient(tiny):
 
 
 # ----------------------------------------------------------------------------------------------
+# the observer
+
+
+def test_quarters_of_the_depth():
+    layers = lambda n_layer, observer="quarters": GPTConfig(n_layer=n_layer, observer=observer).watched()  # noqa: E731
+    assert [layers(n) for n in (1, 2, 4, 8, 40)] == [[0], [0, 1], [1, 2, 3], [2, 4, 6], [10, 20, 30]]
+    assert layers(4, "0,3") == [0, 3] and layers(4, "") == []
+    for bad in ("thirds", "4", "-1"):
+        with pytest.raises(ValueError, match="observer"):
+            layers(4, bad)
+
+
+def test_the_observer_is_one_head_that_looks_at_the_layers_below(tiny):
+    model = tiny(n_layer=3, observer="0,2")
+    x = ids(model, rows=1, columns=5)
+    inputs, sensed = [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, a: inputs.append(a[0]))
+    model.blocks[-1].register_forward_hook(lambda _m, _i, y: sensed.append(y[1]))
+    model(x)
+    block, hs = model.blocks[-1], 8
+    observer = block.attention.observer
+    watched = torch.cat([inputs[0], inputs[2]], dim=-1)  # outputs of the embedding and of the second layer
+    q = observer.q(block.norm1(inputs[2]))[0]
+    k, v = observer.kv(observer.norm(watched))[0].split(hs, dim=-1)
+    angle = torch.arange(5)[:, None] * model.frequency
+    turn = lambda z: torch.cat([z[:, :4] * angle.cos() - z[:, 4:] * angle.sin(), z[:, :4] * angle.sin() + z[:, 4:] * angle.cos()], dim=1)  # noqa: E731
+    for c in range(5):
+        weight = (turn(k)[: c + 1] @ turn(q)[c] / hs**0.5).softmax(dim=0)
+        torch.testing.assert_close(sensed[0][0, c], weight @ v[: c + 1])
+
+
+def test_without_an_observer_there_are_no_readings_and_with_one_nobody_listens_to_every_word_is_the_same(tiny):
+    model, watched = tiny(), tiny(seed=1, observer="quarters")
+    assert model(ids(model)).readings.shape == (4, 9, 0) and not [name for name in model.state_dict() if "observer" in name]
+    watched.adopt(model.state_dict())
+    out = watched(ids(model))
+    assert out.readings.shape == (4, 9, 3)
+    torch.testing.assert_close(out.words, model(ids(model)).words)
+
+
+@pytest.mark.parametrize("shapes", [False, True])
+def test_the_observer_watches_and_moves_nothing_unless_asked_to(tiny, shapes):
+    model = tiny(observer="quarters", observer_shapes=shapes)
+    model(ids(model)).readings.sum().backward()
+    assert model.blocks[-1].attention.observer.q.weight.grad.abs().sum() > 0
+    assert (model.embedding.weight.grad.abs().sum() > 0) == shapes
+
+
+# ----------------------------------------------------------------------------------------------
 # the rollout
 
 
@@ -85,13 +135,13 @@ class Scripted(torch.nn.Module):
 
     def __init__(self, thinks_behind):
         super().__init__()
-        self.config = dataclasses.make_dataclass("Config", ["vocab_size", "n_think", "n_layer", "n_head", "n_embd"])(5, 3, 1, 1, 2)
+        self.config = GPTConfig(vocab_size=5, n_think=3, n_layer=1, n_head=1, n_embd=2)
         self.thinks_behind = torch.tensor(thinks_behind)
 
     def forward(self, x, mask=None, cache=None):
         words = torch.nn.functional.one_hot(torch.full_like(x, 4), 5).float()
         thoughts = torch.nn.functional.one_hot(x % 3, 3).float()
-        return Output(words, thoughts, torch.where(torch.isin(x, self.thinks_behind), 9.0, -9.0))
+        return Output(words, thoughts, torch.where(torch.isin(x, self.thinks_behind), 9.0, -9.0), words[..., :0])
 
 
 def test_a_rollout_by_hand():
@@ -120,11 +170,11 @@ def slow_rollout(model, real, given, length, thinking, generator=None):
     """One row in plain Python, the whole prefix recomputed for every column -> stream, real tokens."""
     real, stream, pointer, run = list(real), [int(real[0])], 1, 0
     while pointer < length:
-        words, thoughts, gate = (y[:, -1] for y in model(torch.tensor([stream])))
+        words, thoughts, gate, _ = (y[:, -1] for y in model(torch.tensor([stream])))
         if thinking.window:
             c = torch.arange(len(stream))
             band = (c[:, None] >= c) & (c[:, None] - c < thinking.window)
-            words, thoughts, gate = (y[:, -1] for y in model(torch.tensor([stream]), mask=band))
+            words, thoughts, gate, _ = (y[:, -1] for y in model(torch.tensor([stream]), mask=band))
         draw = lambda logits: int((logits - torch.empty(logits.shape).exponential_(generator=generator).log()).argmax())  # noqa: E731
         think = bool(gate > 0) if thinking.greedy else bool(torch.rand(1, generator=generator) < gate.sigmoid())
         think = think and run < thinking.max_run
