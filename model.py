@@ -359,7 +359,7 @@ class Noise(NamedTuple):
     thought: Tensor | None  # (B, places, K) Gumbel: argmax of logits plus this is a draw from their softmax (Gumbel 1954); None where none is drawn
 
     def at(self, rows: Tensor, place: Tensor | int) -> tuple[Tensor, Tensor | None]:
-        """One place of each row -> (B,), (B, K)."""
+        """One place of each row, rows and place (B,) -> (B,), (B, K); or many, rows (B, 1), place (B, C) -> (B, C), (B, C, K)."""
         return self.think[rows, place], None if self.thought is None else self.thought[rows, place]
 
 
@@ -424,6 +424,74 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
     parts = [torch.stack(part, dim=1) for part in zip(*record)]
     used = max(1, int(parts[-1].any(dim=0).sum()))
     return Rollout(*(part[:, :used] for part in parts), real[:, :-1], length)
+
+
+@torch.no_grad()
+def parallel_rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, generator=None) -> tuple[Rollout, int]:
+    """
+    The rollout of rows that are given to their end, as `rollout` makes it of the same noise, by guessing -> the rollout, passes through the model.
+
+    Guess what a row does at every place; run the stream that comes of it through the model, all columns at once; see what each column does, its noise
+    given; make that the guess; again, until nothing changes. A column is right if all before it are, so each pass settles at least one more
+    column of each row, and in practice many: a wrong guess matters only to the columns that listen to it. Rows that are settled leave the batch.
+    The result is the same but where two choices are so near a tie that rounding, which depends on the shape of the batch, decides between them.
+    """
+    (B, T), V, K = real.shape, model.config.vocab_size, model.config.n_think
+    runs = thinking.max_run if K and thinking.mode != "never" else 0
+    if not runs:
+        return without_thoughts(real, length), 0
+    if thinking.window or model.training and model.config.dropout:
+        raise ValueError("a parallel rollout has all columns in view, and no dropout: a pass must say twice what it said once")
+    noise = draw_noise(model, B, T * runs, thinking, generator)
+    may_follow = torch.ones(V + K, dtype=torch.bool, device=real.device)
+    if thinking.after is not None:
+        may_follow[:V] = thinking.after
+    # the first guess is of a model that knows nothing: all logits zero
+    silent = torch.zeros_like(noise.think)  # (B, places)
+    run = torch.arange(runs, device=real.device).repeat(T)
+    thinks = think_now(silent, run, noise.think, thinking) & F.pad(may_follow[real][..., None], (0, runs - 1), value=True).flatten(1)
+    thoughts = choose_thought(silent[..., None].expand(-1, -1, K), noise.thought, thinking)
+    rows, settled, passes = torch.arange(B, device=real.device), torch.zeros(B, dtype=torch.long, device=real.device), 0  # rows still in the batch
+    while len(rows):
+        stream, pointer, run, valid = lay_out(real[rows], length[rows], thinks[rows], thoughts[rows], V)
+        logits, gate = model.think(stream)
+        place, column = (pointer - 1) * runs + run, torch.arange(stream.size(1), device=real.device)
+        uniform, gumbels = noise.at(rows[:, None], place)
+        decides = valid & (run < runs) & may_follow[stream] & (column >= settled[:, None])  # settled columns stay, whatever rounding says
+        thinks_now, thought = think_now(gate, run, uniform, thinking), choose_thought(logits, gumbels, thinking)
+        was, thought_was = thinks[rows[:, None], place], thoughts[rows[:, None], place]
+        wrong = decides & ((thinks_now != was) | thinks_now & (thought != thought_was))
+        each = rows[:, None].expand_as(place)[decides], place[decides]
+        thinks[each], thoughts[each] = thinks_now[decides], thought[decides]
+        unsure = wrong.any(dim=1)
+        settled = wrong.int().argmax(dim=1) + 1
+        if thinking.mode == "swapped":  # a row depends on the one before it
+            unsure, settled = unsure.any().expand_as(unsure), torch.where(unsure, settled, stream.size(1)).min().expand_as(settled)
+        rows, settled, passes = rows[unsure], settled[unsure], passes + 1
+    stream, pointer, run, valid = lay_out(real, length, thinks, thoughts, V)
+    decides = valid & (run < runs) & may_follow[stream]
+    thinks = decides & thinks.gather(1, (pointer - 1) * runs + run)
+    return Rollout(stream, pointer, decides, thinks, valid, real.clone(), length.clone()), passes
+
+
+def lay_out(real: Tensor, length: Tensor, thinks: Tensor, thoughts: Tensor, V: int) -> tuple[Tensor, ...]:
+    """
+    The streams of rows that do at each place what `thinks` (B, places) bool and `thoughts` (B, places) 0 .. K-1 say -> (B, C) token ids,
+    pointer, thoughts thought since the last real token, and valid.
+    """
+    B, T = real.shape
+    runs = thinks.size(1) // T
+    count = thinks.view(B, T, runs).cumprod(dim=2).sum(dim=2)  # (B, T) thoughts behind each real token
+    start = (1 + count).cumsum(dim=1) - 1 - count  # (B, T) the real token's column
+    columns = max(1, int(start.gather(1, length[:, None] - 1).max()))
+    column = torch.arange(columns, device=real.device).expand(B, columns).contiguous()
+    pointer = torch.minimum(torch.searchsorted(start, column, right=True), length[:, None])
+    run, valid = column - start.gather(1, pointer - 1), pointer < length[:, None]
+    behind = ~valid & (run > 0)  # there stands the token that the pointer is at, as in `rollout`
+    word = F.pad(real, (0, 1)).gather(1, pointer - 1 + behind.long())
+    run = run * valid
+    thought = thoughts.gather(1, ((pointer - 1) * runs + run - 1).clamp(min=0))  # of the place that was left for this one
+    return torch.where(run > 0, V + thought, word), pointer, run, valid
 
 
 def without_thoughts(real: Tensor, length: Tensor) -> Rollout:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split, load_vocabulary
-from model import GPT, GPTConfig, Rollout, Thinking, from_gpt2, rollout
+from model import GPT, GPTConfig, Rollout, Thinking, from_gpt2, parallel_rollout, rollout
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -98,6 +98,7 @@ class Config:
     baseline: str = "leave_one_out"  # of the gate's policy gradient: leave_one_out | observer | both
     observer_weight: float = 0.1  # weight of the observer's error in what it reads off
     rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
+    rollout: str = "auto"  # sequential | parallel, one and the same rollout found in two ways | auto: parallel on a GPU, or where rows are few
     # habits
     eval_every: int = 100
     eval_rows: int = 200  # validation rows a level
@@ -487,11 +488,23 @@ def as_trained(state: dict, vocabulary: Vocabulary) -> Thinking:
 # the loop
 
 
+def rolls_in_parallel(config: Config, device: str, rows: int) -> bool:
+    """
+    Sequential, a column costs what it costs to call the network, and its rows' share; parallel, there are few calls, but a column is computed again in
+    every pass. On a CPU the calls are dear for few rows only (bench.py shows where), on a GPU for all. Dropout allows no second pass.
+    """
+    return config.rollout == "parallel" or config.rollout == "auto" and not config.dropout and (device != "cpu" or rows <= 32)
+
+
 class Trainer:
     def __init__(self, config: Config):
         self.config, self.device = config, pick_device(config.device)
         if config.thought_grad not in ("echo", "reinforce"):
             raise DataError(f"thought_grad = {config.thought_grad!r} is neither echo nor reinforce")
+        if config.rollout not in ("sequential", "parallel", "auto"):
+            raise DataError(f"rollout = {config.rollout!r} is none of sequential, parallel, auto")
+        if config.rollout == "parallel" and config.dropout:
+            raise DataError("rollout = parallel needs dropout = 0: a pass must say twice what it said once")
         if config.baseline not in ("leave_one_out", "observer", "both"):
             raise DataError(f"baseline = {config.baseline!r} is none of leave_one_out, observer, both")
         if config.baseline != "leave_one_out" and not config.observer:
@@ -534,7 +547,11 @@ class Trainer:
         rows = max(1, c.batch_tokens // self.train_rows.longest(levels[-1]) // several)
         batch = self.train_rows.draw(rows, levels, self.generator).to(self.device).repeat(several)
         thinking = dataclasses.replace(self.thinking, hold=None if self.paid else c.hold, explore=c.explore)
-        roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, self.noise)
+        if rolls_in_parallel(c, self.device, len(batch.real)):
+            roll, passes = parallel_rollout(self.model, batch.real, batch.length, thinking, self.noise)
+        else:
+            roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, self.noise)
+            passes = roll.stream.size(1) * bool(c.n_think)
         loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak_lr"] * self.schedule()
@@ -545,6 +562,7 @@ class Trainer:
             raise FloatingPointError(f"the loss is {loss.item()}, its gradient {norm}, at step {self.step}: a lower --lr may help; nothing was saved since")
         self.optimiser.step()
         log |= {"step": self.step, "paid": self.paid, "level": levels[-1], "thoughts_per_token": (roll.thinks.sum() / roll.speaks.sum()).item()}
+        log["passes_per_column"] = passes / roll.stream.size(1)
         log["tokens"] = roll.speaks.sum().item()
         self.grow(batch, log.pop("row_loss"))
         if c.n_think:

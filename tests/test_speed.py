@@ -1,0 +1,86 @@
+"""The fast ways give what the slow ones give: the parallel rollout, and the choice between the two. Nothing here is timed."""
+
+import pytest
+import torch
+from test_train import same, small
+
+from data.dataset import DataError
+from model import Thinking, parallel_rollout, rollout
+from train import Trainer, rolls_in_parallel
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_parallel_rollout_is_the_sequential_one(tiny, seed):
+    """
+    480 cases, none alike: models, gates, noise, lengths, thoughts in a row, holds, ablations. In double precision: there a tie that rounding
+    could decide has never been seen; in single precision about one choice in a million is one.
+    """
+    draw = seeded(seed)
+    pick = lambda options: options[int(torch.randint(len(options), (1,), generator=draw))]  # noqa: E731
+    model = tiny(seed, observer=pick(["", "quarters"]), n_layer=pick([1, 2])).double()
+    with torch.no_grad():
+        model.gate.bias += pick([-2.0, 0.0, 2.0])
+    for case in range(12):
+        B, T = pick([1, 2, 7]), pick([1, 2, 9, 14])
+        real, length = torch.randint(5, (B, T), generator=draw), torch.randint(1, T + 1, (B,), generator=draw)
+        thinking = Thinking(
+            mode=pick(["policy", "policy", "policy", "swapped", "random", "constant", "never"]),
+            hold=pick([None, None, 0.0, 0.4, 1.0]),
+            explore=pick([0.0, 0.1]),
+            greedy=pick([False, False, True]),
+            max_run=pick([1, 2, 3]),
+            after=pick([None, torch.rand(5, generator=draw) < 0.6]),
+        )
+        slow = rollout(model, real, length, length, thinking, seeded(case))
+        fast, passes = parallel_rollout(model, real, length, thinking, seeded(case))
+        for name, a, b in zip(slow._fields, slow, fast):
+            assert torch.equal(a, b), f"{name} differs in case {case}: {thinking}"
+        assert passes <= slow.stream.size(1) + 1
+
+
+def test_it_settles_in_two_passes_if_thoughts_hang_on_nothing_and_one_by_one_if_each_hangs_on_the_last(tiny):
+    real, length = torch.randint(5, (4, 20), generator=seeded(0)), torch.full((4,), 20)
+    model = tiny()
+    with torch.no_grad():
+        model.head.weight[5:] = 0  # thoughts that are noise, and a gate that reads nothing
+        model.gate.weight.zero_()
+    assert parallel_rollout(model, real, length, Thinking(max_run=2), seeded(0))[1] <= 3
+    assert parallel_rollout(model, real, length, Thinking("constant", hold=1.0), seeded(0))[1] == 1, "known beforehand, and seen to be right"
+
+
+def test_what_a_parallel_rollout_cannot_do_is_refused(tiny, chains, tmp_path):
+    real, length = torch.zeros(1, 4, dtype=torch.long), torch.tensor([4])
+    with pytest.raises(ValueError, match="in view"):
+        parallel_rollout(tiny(), real, length, Thinking(window=3))
+    with pytest.raises(ValueError, match="dropout"):
+        parallel_rollout(tiny(dropout=0.1).train(), real, length, Thinking())
+    with pytest.raises(DataError, match="dropout"):
+        Trainer(small(chains, tmp_path, rollout="parallel", dropout=0.1))
+    with pytest.raises(DataError, match="'guessed'"):
+        Trainer(small(chains, tmp_path, rollout="guessed"))
+
+
+@pytest.mark.parametrize("changes", [{"max_run": 2}, {"thought_grad": "reinforce"}, {"n_think": 0}])
+def test_training_is_the_same_whichever_way_the_streams_are_found(chains, tmp_path, changes):
+    """Bit for bit: both find the same streams, and draw the same noise."""
+    states = []
+    for way in ("sequential", "parallel"):
+        trainer = Trainer(small(chains, tmp_path, rollout=way, curriculum=False, free=0.4, **changes))
+        logs = [trainer.train_step() for _ in range(12)]
+        states.append(trainer.state() | {"config": None})
+    assert trainer.paid or not trainer.config.n_think
+    assert same(*states)
+    assert all(0 <= log["passes_per_column"] <= 1.1 for log in logs)
+
+
+def test_auto_is_parallel_on_an_accelerator_and_for_few_rows(chains, tmp_path):
+    config = small(chains, tmp_path)
+    assert rolls_in_parallel(config, "cuda", 512) and rolls_in_parallel(config, "cpu", 12) and not rolls_in_parallel(config, "cpu", 128)
+    config.dropout = 0.1
+    assert not rolls_in_parallel(config, "cuda", 512)
+    config.rollout, config.dropout = "sequential", 0.0
+    assert not rolls_in_parallel(config, "cuda", 512)
