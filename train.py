@@ -321,7 +321,8 @@ def information_kept(thoughts: Tensor, where: Tensor) -> Tensor:
 def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: bool, generator=None) -> tuple[Tensor, dict]:
     """All of a training step but the rollout and the optimiser -> loss, {name: number} and "row_loss" (B,) for the log."""
     answer = roll.valid & (roll.pointer >= batch.prompt[:, None])  # (B, C) columns that would say a token of the answer
-    full = model(roll.stream)  # pass 1
+    here = model.embedding(roll.stream)  # (B, C, n_embd)
+    full = model(here)  # pass 1
     loss_full = loss_kept = word_loss(full.words, roll)
     loss = weighted(loss_full, roll, answer, config.prompt_weight, config.charge_thinking)
     right = (full.words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)
@@ -329,15 +330,19 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
 
     if model.config.n_think:  # pass 2
         x = echo(model, roll, full.thoughts, config.echo_scale) if config.thought_grad == "echo" else roll.stream
-        cut = draw_cuts(roll, batch.prompt, config.forget_paid if paid else config.forget, config.cut_last, config.cut_every, generator)
-        kept = model(x, mask=forgetting_mask(cut))
+        forget = config.forget_paid if paid else config.forget
+        cut = draw_cuts(roll, batch.prompt, forget, config.cut_last, config.cut_every, generator)
+        again = not forget and not config.dropout and not config.compile  # what pass 2 would say was said in pass 1 already
+        kept = full if again else model(x, mask=forgetting_mask(cut))
         loss_kept = word_loss(kept.words, roll)
         mean_kept = weighted(loss_kept, roll, answer, config.prompt_weight, config.charge_thinking)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()
-
-        behind = roll.thinks & (cut.cumsum(dim=1) > 0)
-        imitation = (thought_log_probability(kept.thoughts, roll, model.config.vocab_size) * behind).sum() / behind.sum().clamp(min=1)
-        loss = loss - config.imitate * imitation  # with the past forgotten, think what was thought in full view
+        if again and config.thought_grad == "echo":  # the gradient that would have reached x, sent on to the logits; x - here is zero
+            loss = loss + ((x - here) * torch.autograd.grad(mean_kept, here, retain_graph=True)[0]).sum()
+        if config.imitate and forget:  # with the past forgotten, think what was thought in full view
+            behind = roll.thinks & (cut.cumsum(dim=1) > 0)
+            imitation = (thought_log_probability(kept.thoughts, roll, model.config.vocab_size) * behind).sum() / behind.sum().clamp(min=1)
+            loss = loss - config.imitate * imitation
         if config.tell and roll.thinks.any():
             loss = loss - config.tell * information_kept(full.thoughts, roll.thinks)
 

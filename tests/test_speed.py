@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_train import same, small
 
-from data.dataset import DataError
+from data.dataset import Batch, DataError
 from model import Thinking, parallel_rollout, rollout
-from train import Trainer, rolls_in_parallel
+from train import Config, Trainer, hybrid_loss, rolls_in_parallel
 
 
 def seeded(seed):
@@ -84,3 +84,24 @@ def test_auto_is_parallel_on_an_accelerator_and_for_few_rows(chains, tmp_path):
     assert not rolls_in_parallel(config, "cuda", 512)
     config.rollout, config.dropout = "sequential", 0.0
     assert not rolls_in_parallel(config, "cuda", 512)
+
+
+@pytest.mark.parametrize("thought_grad", ["echo", "reinforce"])
+@pytest.mark.parametrize("paid", [False, True])
+def test_with_nothing_forgotten_the_second_pass_is_saved_and_every_gradient_is_the_same(tiny, paid, thought_grad):
+    """The slow twin forgets with a probability that is never met, and runs its second pass."""
+    real = torch.randint(5, (8, 9), generator=seeded(0)).repeat_interleave(4, 0)
+    length = torch.full((32,), 9)
+    found = []
+    for forget in (0.0, 1e-30):
+        model = tiny(4, observer="quarters").double().train()
+        roll = rollout(model, real, length, length, Thinking(), seeded(0))
+        batch = Batch(real, length, length // 2, torch.ones_like(length))
+        config = Config(n_think=3, thought_grad=thought_grad, observer="quarters", forget=forget, forget_paid=forget, echo_scale=2.0)
+        passes = []
+        model.norm.register_forward_hook(lambda *_: passes.append(1))
+        loss, log = hybrid_loss(model, roll, batch, config, paid, seeded(0))
+        loss.backward()
+        assert len(passes) == (1 if forget == 0 else 2)
+        found.append((loss.detach(), [p.grad for p in model.parameters()], log["loss_forgotten"]))
+    torch.testing.assert_close(*found)
