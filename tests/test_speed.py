@@ -1,9 +1,12 @@
 """The fast ways give what the slow ones give: the parallel rollout, and the choice between the two. Nothing here is timed."""
 
+import json
+
 import pytest
 import torch
 from test_train import same, small
 
+import bench
 from data.dataset import Batch, DataError
 from model import Thinking, parallel_rollout, rollout
 from train import Config, Trainer, hybrid_loss, rolls_in_parallel
@@ -105,3 +108,35 @@ def test_with_nothing_forgotten_the_second_pass_is_saved_and_every_gradient_is_t
         assert len(passes) == (1 if forget == 0 else 2)
         found.append((loss.detach(), [p.grad for p in model.parameters()], log["loss_forgotten"]))
     torch.testing.assert_close(*found)
+
+
+# ----------------------------------------------------------------------------------------------
+# the bench
+
+
+def test_the_bench_prints_its_tables_and_one_line_of_json(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "peak_memory", lambda c, device, kind: 1000 * c.length)  # each a process of its own, else
+    bench.main("--n_layer=1 --n_head=2 --n_embd=16 --words=5 --thoughts=3 --length=16 --lengths=8,16 --repeats=2 --device=cpu".split())
+    printed = capsys.readouterr().out
+    for title in ("Training steps on the same real tokens", "to the power of", "Parts of a step", "Peers"):
+        assert title in printed
+    found = json.loads(printed.splitlines()[-1])
+    assert [row["columns"] for row in found["growth"]] == [8, 16, 16, 16, 16, 16]
+    assert found["exponents"]["memory, plain"] == 1.0
+    for row in found["parts"]:
+        assert row["together"][1] == pytest.approx(sum(row[part][1] for part in ("rollout", "passes", "losses", "optimiser")), rel=0.01), "the parts add up"
+
+
+def test_a_power_law_is_found():
+    assert bench.exponent([64, 128, 256], [3.0, 12.0, 48.0]) == 2.0
+    assert bench.cell(bench.spread([0.003, 0.001, 0.002], 1e3)) == "2.00 (1.00-3.00)"
+
+
+def test_the_peer_without_a_cache_walks_the_same_columns(tiny):
+    """It differs from our rollout in nothing but the cache: the same thoughts, once each draws with the noise the other drew."""
+    model, columns = tiny(2), 13
+    real, length = torch.randint(5, (3, 7), generator=seeded(0)), torch.full((3,), 7)
+    thinking = Thinking(hold=1.0, greedy=True)
+    roll = rollout(model, real, length, length, thinking)
+    stream = bench.without_cache(model, real, columns, None, choose=lambda logits, _: logits.argmax(dim=-1))
+    assert torch.equal(stream[:, :12], roll.stream) and torch.equal(stream[:, 12], real[:, 6])
