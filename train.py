@@ -71,7 +71,7 @@ class Config:
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.95
-    clip: float = 1.0  # gradient norm
+    clip: float = 1.0  # gradient norm, the observer's apart from all others'
     prompt_weight: float = 0.01  # weight of the prompt's own tokens in the loss; the answer's is 1
     curriculum: bool = True  # shortest levels first, the next when the longest is mastered
     mastered: float = 0.5  # nats a token of the answer (moving average) at which a level counts as mastered
@@ -514,6 +514,8 @@ class Trainer:
         self.model.to(self.device)
         self.parallel = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay, (config.beta1, config.beta2))
+        named = [(".observer." in name, p) for name, p in self.model.named_parameters()]  # the observer's surprises must not shorten everyone's step
+        self.clipped = [[p for watching, p in named if watching == which] for which in (False, True)]
         self.generator = torch.Generator().manual_seed(config.seed)  # rows
         self.noise = torch.Generator(self.device).manual_seed(config.seed)  # rollouts, cuts
         self.thinking = Thinking(max_run=config.max_run, after=self.vocabulary.think_after())
@@ -540,7 +542,7 @@ class Trainer:
             group["lr"] = group["peak_lr"] * self.schedule()
         self.optimiser.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip).item()
+        norm = sum(torch.nn.utils.clip_grad_norm_(some, c.clip).item() for some in self.clipped)
         if not math.isfinite(loss.item() + norm):
             raise FloatingPointError(f"the loss is {loss.item()}, its gradient {norm}, at step {self.step}: a lower --lr may help; nothing was saved since")
         self.optimiser.step()
