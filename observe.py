@@ -203,7 +203,7 @@ def draw(trace: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm, Normalize
 
-    visible = lambda text: text.replace("\n", "↵").replace(" ", "␣")  # noqa: E731
+    visible = lambda text: "".join(c if c.isprintable() else "·" for c in text.replace("\n", "↵").replace(" ", "␣"))  # noqa: E731
     strips = []
     for columns in (row["columns"] for row in trace["rows"]):
         size = math.ceil(len(columns) / math.ceil(len(columns) / WIDTH))  # about alike, rather than a last one of two columns
@@ -212,7 +212,7 @@ def draw(trace: dict, path: Path) -> None:
     first = drawn[0][0]
     heights = [2.2] + [0.9] * ("gate" in first) + [max(0.5, 0.22 * len(first["layers"]))] * 2
     figure = plt.figure(figsize=(2.2 + 0.19 * max(widest, 20), (sum(heights) + 1.1) * len(drawn) + 0.5), layout="constrained")
-    layers = lambda strip, name: torch.tensor([[layer[name] for layer in column["layers"]] for column in strip]).T  # noqa: E731  (L, C)
+    layers = lambda strip, name: torch.tensor([[layer[name] for layer in column["layers"]] for column in strip]).T.numpy()  # noqa: E731  (L, C)
     every = [column for strip in drawn for column in strip]
     losses = [value for column in every for value in (column["loss"], column.get("coming", 0))]
     # the first layer moves the small embeddings many times as far as the next ones move the stream: velocity on a logarithmic scale
@@ -243,7 +243,7 @@ def draw(trace: dict, path: Path) -> None:
             rotation = 90 if max(map(len, texts)) > 2 else 0
             axis.set_xticks(x, texts, fontsize=8, family="monospace", parse_math=False, rotation=rotation, color=colour)
     cut = f"; the first {len(drawn)} strips of {len(strips)}, trace.json has all" if len(strips) > len(drawn) else ""
-    figure.suptitle(f"{trace['task']}\nbelow the token read, above the next real token; thoughts on grey{cut}", fontsize=9)
+    figure.suptitle(f"{trace['task']}\nbelow the token read, above the next real token; thoughts on grey{cut}", fontsize=9, parse_math=False)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

@@ -14,7 +14,7 @@ from test_data import refused
 
 from data.dataset import Vocabulary
 from model import KVCache, Rollout, Thinking, generate, rollout
-from observe import look, page, shown, trace
+from observe import draw, look, page, shown, trace
 from sample import introspect, view
 
 LETTERS = Vocabulary({"vocab": list("abcde")})
@@ -206,12 +206,13 @@ def test_the_keyboard_moves_from_token_to_token_and_each_tells_its_numbers(trace
     assert told[1:] == [0, "solid"]
 
 
-def test_hostile_text_is_shown_and_never_run(tiny, browse):
+def test_hostile_text_is_shown_and_never_run(tiny, browse, tmp_path):
     vocabulary = Vocabulary({"vocab": HOSTILE})
     model = tiny(vocab_size=len(HOSTILE), observer="quarters")
     ids = torch.arange(len(HOSTILE))[None]
     roll = rollout(model, ids, torch.tensor([8]), torch.tensor([8]), Thinking(greedy=True))
     found = {"task": HOSTILE[0], "run": "", "step": 0, "notes": [HOSTILE[6]], "rows": [trace(model, roll, 8, vocabulary)]}
+    draw(found, tmp_path / "trace.png")  # a $ starts no formula
     script = "for (const t of shown.keys()) t.click()\nresult = [typeof owned, [...shown].filter(([t, x]) => !x.thought).map(([t]) => t.textContent).join(''), document.images.length]"
     assert browse(page(found), script, "#thoughts") == ["undefined", "".join(HOSTILE), 0]
 
