@@ -263,7 +263,10 @@ def main(argv: list[str]) -> None:
     if not texts:
         raise DataError(f"there is no text in {config.input}")
     found, folder = make_trace(texts, model, vocabulary, state, config), Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {config.out} ({error.strerror})") from None
     (folder / "trace.json").write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "trace.html").write_text(page(found), encoding="utf-8")
     draw(found, folder / "trace.png")

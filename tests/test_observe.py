@@ -240,6 +240,7 @@ def test_observe_and_introspect_as_a_person_runs_them(chains, tmp_path):
     assert "no observer" in refused("sample.py", f"--run={plain}", "--introspect", "1+2=")
     assert "either prompts or --input" in refused("observe.py", f"--run={watched}") and "either" in refused("observe.py", f"--run={watched}", f"--input={text}", "1+2=")
     assert "cannot read" in refused("observe.py", f"--run={watched}", "--input=nowhere.txt")
+    assert "cannot write" in refused("observe.py", f"--run={watched}", f"--out={text}", "1+2=")
     assert "two tokens" in refused("observe.py", f"--run={watched}", "--teach", "1")
     assert "'7'" in refused("observe.py", f"--run={watched}", "7")
     assert "no checkpoint" in refused("observe.py", f"--run={tmp_path / 'nowhere'}", "1+2=")
