@@ -13,6 +13,8 @@ the gate, and a linear probe of the last layer (ridge regression on training row
   blind    accuracy, or nats a token, and thoughts with the head's output zeroed or swapped with another row's, for all or for the gate alone
   steered  the same when the gate is not asked: a thought wherever the observer expects more of it than a price, for several prices
   variance of the gate's policy gradient with each baseline, as a share of that with none; one frozen model, the same rollouts
+  notes    what the first note foretold: does confusion go with divergence in the middle layers, does sudden convergence announce a right token, and does
+           the observer look elsewhere than its neighbours?
 """
 
 import dataclasses
@@ -27,9 +29,10 @@ from torch import Tensor
 
 from data.dataset import Rows, Text, load_split
 from model import GPT, Rollout, Thinking, rollout
+from observe import look
 from train import (
-    Config, as_trained, at_positions, baseline, evaluate, load_config, load_model, log_choice, policy_gradient, return_to_go, run, token_loss,
-    word_loss,
+    Config, as_trained, at_positions, baseline, evaluate, load_config, load_model, log_choice, policy_gradient, return_to_go, run, targets,
+    token_loss, word_loss,
 )  # fmt: skip
 
 
@@ -258,6 +261,46 @@ def variance(model: GPT, rows: Rows | Text, thinking: Thinking, config: Config, 
     return {name: value / spread["none"] for name, value in spread.items()}
 
 
+def far_apart(model: GPT, stream: Tensor) -> tuple[float, float]:
+    """
+    Total variation, 0 to 1, between what two heads of the last block look at, mean over columns: from the observer to the head most like it, and from
+    each other head to the one most like it (mean).
+    """
+    caught = []
+    hook = model.blocks[-1].attention.register_forward_hook(lambda attention, given, _: caught.append(attention.heads(*given[:4])))
+    with torch.no_grad():
+        model(stream)
+    hook.remove()
+    q, k, _ = caught[0]  # (B, nh + 1, C, hs)
+    causal = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril()
+    pattern = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).masked_fill(~causal, -torch.inf).softmax(dim=-1)  # (B, nh + 1, C, C)
+    distance = torch.stack([(pattern - pattern[:, h : h + 1]).abs().sum(-1).mean((0, 2)) / 2 for h in range(q.size(1))])  # (nh + 1, nh + 1)
+    distance.fill_diagonal_(torch.inf)
+    return distance[-1].min().item(), distance[:-1, :-1].min(dim=1).values.mean().item()
+
+
+def notes(model: GPT, split: Rows | Text, thinking: Thinking, rows: int) -> dict:
+    """Over all columns that speak. Middle layers are those behind a quarter and before the last of the depth; the first alone where there are two."""
+    parts = []
+    for level in split.levels:
+        batch = split.first(rows, level)
+        roll = rollout(model, batch.real, batch.length, batch.length, thinking, torch.Generator().manual_seed(0))
+        out, sight = look(model, roll.stream)
+        layers = range(model.config.n_layer // 4, model.config.n_layer - 1) or [0]
+        middle = {name: getattr(sight, name)[..., list(layers)].mean(-1) for name in ("change", "attention", "lens")}
+        lens = torch.cat([torch.full_like(sight.lens[..., :1], math.log(model.config.vocab_size)), sight.lens], dim=-1)
+        drop = (lens[..., :-1] - lens[..., 1:]).max(dim=-1).values  # the most by which one layer narrowed down the words
+        loss, right = word_loss(out.words, roll), out.words.argmax(-1) == targets(roll)
+        part = middle | {"slope": sight.slope, "drop": drop, "certain": -sight.lens[..., -1], "loss": loss, "right": right, "coming": out.readings[..., 0]}
+        parts.append({name: value[roll.speaks] for name, value in part.items()})
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    result = {f"{what} and {name}": spearman(joined[name], joined[what]) for what in ("loss", "coming") for name in ("change", "attention", "lens", "slope")}
+    result |= {f"right, {name}": auroc(joined[name], joined["right"]) for name in ("drop", "certain")}
+    result["observer apart"], result["others apart"] = far_apart(model, roll.stream)
+    look_at = sight.observer[..., 0][roll.speaks].mean().item(), sight.attention[..., -1][roll.speaks].mean().item()
+    return result | {"observer entropy": look_at[0], "others entropy": look_at[1]}
+
+
 def calibrate(config: CalibrationConfig) -> dict:
     """All of it for a model with an observer; of one without only `blind` with nothing taken away, to stand beside it."""
     model, vocabulary, state = load_model(config.run)
@@ -271,6 +314,7 @@ def calibrate(config: CalibrationConfig) -> dict:
     if isinstance(train_rows, Rows):
         result["wrong"] = wrong(model, splits, thinking, probe, config.rows)
     result["loss"] = loss_ranks(model, splits, thinking, probe, config.rows)
+    result["notes"] = notes(model, splits[0], thinking, config.rows // 5)
     result["blind"] = blind(model, splits[0], thinking, config.rows // 5)
     if trained.n_think and state["progress"]["paid"]:
         result["steered"] = steer(model, splits[0], thinking, config.rows // 5)

@@ -170,7 +170,7 @@ def measure(folder: Path) -> dict[str, float | None]:
 
 
 def measure_observer(found: dict) -> dict[str, float]:
-    numbers = {f"{part}, {name}": value for part in ("loss", "pays", "variance") for name, value in found.get(part, {}).items()}
+    numbers = {f"{part}, {name}": value for part in ("loss", "pays", "variance", "notes") for name, value in found.get(part, {}).items()}
     for name in ("accuracy", "observer", "probe", "largest probability", "entropy"):
         if levels := found.get("wrong"):
             numbers[f"wrong, {name}"] = sum(level[name] for level in levels.values()) / len(levels)
@@ -226,6 +226,8 @@ COLUMNS = {  # the tables of each set
         ["wrong, accuracy", *(f"wrong, {name}" for name in ("observer", "probe", "largest probability", "entropy"))],
         ["pays, share", *(f"pays, {name}" for name in ("worth", "observer", "entropy", "largest probability", "gate"))],
         [f"loss, {name}" for name in ("observer", "probe", "entropy", "largest probability")],
+        [f"notes, {what} and {name}" for what in ("loss", "coming") for name in ("change", "attention", "lens", "slope")],
+        [f"notes, {name}" for name in ("right, drop", "right, certain", "observer apart", "others apart", "observer entropy", "others entropy")],
         [f"variance, {name}" for name in ("leave_one_out", "observer", "both")],
         [f"blind {what}, {n}" for what in ("nothing", "zeroed", "swapped", "zeroed, for the gate", "swapped, for the gate") for n in ("score", "thoughts")],
         [f"steered {price}, {n}" for price in (-10.0, 0.0, 0.05, 0.1, 0.2, 0.5) for n in ("score", "thoughts")],

@@ -65,7 +65,7 @@ class Config:
     steps: int = 1500
     batch_tokens: int = 1536  # real tokens a step, all rollouts counted: many short rows or few long ones
     lr: float = 1e-3
-    gate_lr: float = 5e-3  # of the gate; it starts late and has few weights
+    gate_lr: float = 5e-3  # of the gate and the observer; they start late and have few weights
     warmup: int = 100  # steps of linear warm-up
     final_lr: float = 0.1  # cosine decay to this share of lr
     weight_decay: float = 0.01
@@ -96,7 +96,7 @@ class Config:
     horizon: int = 0  # real tokens whose loss a thought is rewarded by; 0 is all that follow
     explore: float = 0.0  # in the paid phase, probability at which the gate does the one thing, and the other, whatever it says
     baseline: str = "leave_one_out"  # of the gate's policy gradient: leave_one_out | observer | both
-    observer_weight: float = 0.1  # weight of the observer's error in what it reads off
+    observer_weight: float = 1.0  # weight of the observer's error in what it reads off
     rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
     # habits
     eval_every: int = 100
