@@ -95,7 +95,14 @@ def shakespeare() -> dict:
     }
 
 
-SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare)}
+def observer() -> dict:
+    """The observer head on chains, five seeds, with one and without."""
+    kinds = {"observer, 2 layers": [], "no observer, 2 layers": ["--observer="]}
+    base = ["config/observer.toml", "--report=false"]
+    return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS} for i, (row, options) in enumerate(kinds.items())}
+
+
+SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer)}
 DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py; other folders have a prepare.py of their own
     "characters": ["--tokens=characters"],
     "characters_digits": ["--tokens=characters", "--think_after=0123456789"],
@@ -124,13 +131,15 @@ def prepare_data(options: list[str]) -> None:
 
 
 def train_one(folder: Path, options: list[str]) -> None:
-    if (folder / "report.json").exists():
+    if (folder / "report.json").exists() or (folder / "calibration.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     good = call(["train.py", *options, f"--out={folder}"], folder / "log.txt")
     config = load_config(options)
     if good and config.n_think and config.report and "nats" in json.loads((folder / "report.json").read_text())["modes"]["policy"]:
         good = call(["data/shakespeare/study.py", f"--run={folder}", f"--plain={config.plain}"], folder / "study.txt")
+    if good and (config.observer or not config.report):
+        good = call(["calibrate.py", f"--run={folder}"], folder / "calibration.txt")
     print(f"{folder} {'done' if good else 'FAILED, see its log.txt'}", flush=True)
 
 
@@ -150,8 +159,29 @@ def first_time(folder: Path, share: float = 0.95, up_to: int = 4) -> float | Non
     return None
 
 
-def measure(report: dict, folder: Path) -> dict[str, float | None]:
+def measure(folder: Path) -> dict[str, float | None]:
     """All numbers of one run by the names that COLUMNS uses; lengths mean answers right at that length."""
+    numbers = {}
+    if (folder / "calibration.json").exists():
+        numbers |= measure_observer(json.loads((folder / "calibration.json").read_text()))
+    if (folder / "report.json").exists():
+        numbers |= measure_report(json.loads((folder / "report.json").read_text()), folder)
+    return numbers
+
+
+def measure_observer(found: dict) -> dict[str, float]:
+    numbers = {f"{part}, {name}": value for part in ("loss", "pays", "variance", "notes") for name, value in found.get(part, {}).items()}
+    for name in ("accuracy", "observer", "probe", "largest probability", "entropy"):
+        if levels := found.get("wrong"):
+            numbers[f"wrong, {name}"] = sum(level[name] for level in levels.values()) / len(levels)
+    for part in ("blind", "steered"):
+        for name, line in found.get(part, {}).items():
+            numbers |= {f"{part} {name}, {what}": line[what] for what in ("score", "thoughts")}
+            numbers |= {f"{part} {name}, thoughts at {n}": thoughts for n, thoughts in line["thoughts_by_level"].items()}
+    return numbers
+
+
+def measure_report(report: dict, folder: Path) -> dict[str, float | None]:
     policy = report["modes"].get("policy") or report["modes"]["never"]
     if "nats" in policy:
         return measure_text(report, policy, folder)
@@ -192,6 +222,16 @@ COLUMNS = {  # the tables of each set
         ["nats", "less than plain", "never", "random", "constant", "swapped", "scattered", "thoughts a token", "seconds"],
         ["gap, nats", "closed by note", "closed by note, goes on thinking", "closed by note swapped with another window's", "closed by note random", "closed by note constant", "bits it can carry", "entropy, bits", "saved behind, bits"],
     ],
+    "observer": [
+        ["wrong, accuracy", *(f"wrong, {name}" for name in ("observer", "probe", "largest probability", "entropy"))],
+        ["pays, share", *(f"pays, {name}" for name in ("worth", "observer", "entropy", "largest probability", "gate"))],
+        [f"loss, {name}" for name in ("observer", "probe", "entropy", "largest probability")],
+        [f"notes, {what} and {name}" for what in ("loss", "coming") for name in ("change", "attention", "lens", "slope")],
+        [f"notes, {name}" for name in ("right, drop", "right, certain", "observer apart", "others apart", "observer entropy", "others entropy")],
+        [f"variance, {name}" for name in ("leave_one_out", "observer", "both")],
+        [f"blind {what}, {n}" for what in ("nothing", "zeroed", "swapped", "zeroed, for the gate", "swapped, for the gate") for n in ("score", "thoughts")],
+        [f"steered {price}, {n}" for price in (-10.0, 0.0, 0.05, 0.1, 0.2, 0.5) for n in ("score", "thoughts")],
+    ],
     "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
 }
 
@@ -200,7 +240,7 @@ def table(folders: dict[str, list[Path]], columns: list[str]) -> None:
     """Print a Markdown table: a row a kind of run, its seeds' mean and range in each column."""
     print("\n| | seeds | " + " | ".join(columns) + " |\n" + "| --- " * (len(columns) + 2) + "|")
     for row, runs in folders.items():
-        done = [measure(json.loads((f / "report.json").read_text()), f) for f in runs if (f / "report.json").exists()]
+        done = [numbers for f in runs if (numbers := measure(f))]
         known = [[x for numbers in done if (x := numbers.get(c)) is not None] for c in columns]
         digits = [0 if "seconds" in c else 1 if "thoughts at" in c or "bits" in c else 3 for c in columns]
         cells = [spread(x, d) + (f" [{len(x)} of {len(done)}]" if 0 < len(x) < len(done) else "") for x, d in zip(known, digits)]

@@ -282,8 +282,8 @@ class GPT(nn.Module):
         self.load_state_dict(weights, strict=False)
 
     def optimiser(self, lr: float, gate_lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-        """AdamW; matrices decay, embeddings, biases and norms do not; the gate has a learning rate of its own."""
-        gate = set(self.gate.parameters()) if self.gate is not None else set()
+        """AdamW; matrices decay, embeddings, biases and norms do not; the gate and the observer have a learning rate of their own."""
+        gate = {p for name, p in self.named_parameters() if name.startswith("gate.") or ".observer." in name}
         matrices = {m.weight for m in self.modules() if isinstance(m, nn.Linear)} - gate
         groups = [
             {"params": [p for p in self.parameters() if p in matrices], "peak_lr": lr, "weight_decay": weight_decay},

@@ -6,6 +6,7 @@ Let a trained model answer prompts. What it thinks stays silent, unless you ask.
   python sample.py --show_thoughts "3+4*2="             thoughts dimmed, in brackets, numbered 0 .. K-1
   python sample.py --greedy=false --samples=5 "3+4="    several draws of each prompt, in one batch
   python sample.py --run=out/shakespeare --greedy=false --top_k=20 --max_new_tokens=1000 "ROMEO:"
+  python sample.py --run=out/observed --introspect "3+4*2="     one line of the observer's about each answer
 
 The same seed gives the same text. A single sample is printed while it is made. A text may be of any length: the model sees a window that
 slides, by default as many columns as it was trained on, in constant memory.
@@ -13,6 +14,7 @@ slides, by default as many columns as it was trained on, in constant memory.
 
 import codecs
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,8 @@ from pathlib import Path
 import torch
 
 from data.dataset import DataError, Vocabulary
-from model import Rollout, generate
-from train import Config, as_trained, load_config, load_model, pick_device, run
+from model import GPT, Rollout, generate
+from train import Config, as_trained, load_config, load_model, pick_device, run, targets
 
 
 @dataclass
@@ -36,6 +38,7 @@ class SampleConfig:
     window: int = -1  # columns in view; 0 for all, -1 for as many as a text's window had in training
     mode: str = "policy"  # policy | never | random | constant | swapped
     show_thoughts: bool = False
+    introspect: bool = False  # how sure it was, where it hesitated, how long it thought: from the observer's readings
     seed: int = 1
     device: str = "auto"
 
@@ -79,6 +82,48 @@ def show(roll: Rollout, row: int, vocabulary: Vocabulary, dim: bool) -> str:
     return b"".join(bracketed(token, vocabulary, dim) for token in tokens).decode("utf-8", "replace")
 
 
+def columns_in_view(trained: Config, vocabulary: Vocabulary) -> int:
+    """As many as a text's window had in training; 0, all, where rows have an end."""
+    return trained.block * (1 + trained.max_run * (trained.n_think > 0)) if vocabulary.row_end < 0 else 0
+
+
+def view(columns: int, window: int, device=None) -> torch.Tensor | None:
+    """The mask (C, C) under which one pass over a stream sees what a rollout with that window saw; None, causal, where that is everything."""
+    c = torch.arange(columns, device=device)
+    return (c[:, None] >= c) & (c[:, None] - c < window) if window else None
+
+
+@torch.no_grad()
+def introspect(model: GPT, roll: Rollout, row: int, given: int, vocabulary: Vocabulary, window: int = 0) -> str:
+    """
+    What the observer says of the answer that begins behind `given` real tokens. How sure: e to the minus the mean loss it saw coming, the probability of a
+    token. Every number is read at the column that said the token, or chose to think; that column sees neither the token nor anything behind it.
+    """
+    C = int(roll.valid[row].sum())
+    out = model(roll.stream[row : row + 1, :C], mask=view(C, window, roll.stream.device))
+    coming, gate = out.readings[0, :, 0].clamp(min=0).tolist(), out.gate[0].sigmoid().tolist()  # nats; a regression may miss below 0
+    thinks, pointer, said = roll.thinks[row, :C].tolist(), roll.pointer[row, :C].tolist(), targets(roll)[row, :C].tolist()
+    answer, runs, first = [], [], 0  # columns of the answer; (thoughts in a row, gate before the first, column that ended it)
+    for c in range(C):
+        if thinks[c]:
+            continue
+        if pointer[c] >= given and said[c] != vocabulary.row_end:
+            answer.append(c)
+        if c > first:
+            runs.append((c - first, gate[first], c))
+        first = c + 1
+    if not answer:
+        return "said nothing"
+    at = lambda c: f"{vocabulary.decode([said[c]])!r} after {vocabulary.decode(roll.real[row, : pointer[c]].tolist())[-12:]!r}"  # noqa: E731
+    most = max(answer, key=lambda c: coming[c])
+    sure = math.exp(-sum(coming[c] for c in answer) / len(answer))
+    line = f"sure {sure:.2f} a token; hesitated most at {at(most)} ({coming[most]:.2f} nats seen coming); "
+    if not runs:
+        return line + "did not think"
+    length, asked, c = max(runs)
+    return line + f"{sum(thinks)} thought{'s' * (sum(thinks) > 1)}, longest before {at(c)} ({length}, gate {asked:.2f})"
+
+
 def main(argv: list[str]) -> None:
     config = load_config([a for a in argv if a.startswith("--")], SampleConfig)
     if config.mode not in ("policy", "never", "random", "constant", "swapped"):
@@ -90,10 +135,9 @@ def main(argv: list[str]) -> None:
     if not prompts:
         raise DataError("there is no prompt")
     ids = [vocabulary.encode(prompt) for prompt in prompts for _ in range(config.samples)]
-    trained = Config(**state["config"])
-    window = config.window
-    if window < 0:
-        window = trained.block * (1 + trained.max_run * (trained.n_think > 0)) if vocabulary.row_end < 0 else 0
+    if config.introspect and not model.config.observer:
+        raise DataError(f"the model in {config.run} has no observer, so it cannot introspect: train one with --observer=quarters")
+    window = columns_in_view(Config(**state["config"]), vocabulary) if config.window < 0 else config.window
     thinking = dataclasses.replace(
         as_trained(state, vocabulary), mode=config.mode, greedy=config.greedy, window=window, temperature=config.temperature, top_k=config.top_k
     )
@@ -105,10 +149,11 @@ def main(argv: list[str]) -> None:
         answers, roll = generate(model, ids, config.max_new_tokens, thinking, generator, vocabulary.row_end, watch)
     except ValueError as error:
         raise DataError(str(error)) from None
-    if watch:
-        return print()
     for row, (prompt, answer) in enumerate(zip(ids, answers)):
-        print(show(roll, row, vocabulary, sys.stdout.isatty()) if config.show_thoughts else vocabulary.decode(prompt + answer))
+        shown = show(roll, row, vocabulary, sys.stdout.isatty()) if config.show_thoughts else vocabulary.decode(prompt + answer)
+        print("" if watch else shown)
+        if config.introspect:
+            print("  " + introspect(model, roll, row, len(prompt), vocabulary, window))
 
 
 if __name__ == "__main__":

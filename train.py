@@ -65,13 +65,13 @@ class Config:
     steps: int = 1500
     batch_tokens: int = 1536  # real tokens a step, all rollouts counted: many short rows or few long ones
     lr: float = 1e-3
-    gate_lr: float = 5e-3  # of the gate; it starts late and has few weights
+    gate_lr: float = 5e-3  # of the gate and the observer; they start late and have few weights
     warmup: int = 100  # steps of linear warm-up
     final_lr: float = 0.1  # cosine decay to this share of lr
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.95
-    clip: float = 1.0  # gradient norm
+    clip: float = 1.0  # gradient norm, the observer's apart from all others'
     prompt_weight: float = 0.01  # weight of the prompt's own tokens in the loss; the answer's is 1
     curriculum: bool = True  # shortest levels first, the next when the longest is mastered
     mastered: float = 0.5  # nats a token of the answer (moving average) at which a level counts as mastered
@@ -96,7 +96,7 @@ class Config:
     horizon: int = 0  # real tokens whose loss a thought is rewarded by; 0 is all that follow
     explore: float = 0.0  # in the paid phase, probability at which the gate does the one thing, and the other, whatever it says
     baseline: str = "leave_one_out"  # of the gate's policy gradient: leave_one_out | observer | both
-    observer_weight: float = 0.1  # weight of the observer's error in what it reads off
+    observer_weight: float = 1.0  # weight of the observer's error in what it reads off
     rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
     rollout: str = "auto"  # sequential | parallel, one and the same rollout found in two ways | auto: parallel on a GPU, or where rows are few
     # habits
@@ -532,6 +532,8 @@ class Trainer:
         self.model.to(self.device)
         self.parallel = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay, (config.beta1, config.beta2))
+        named = [(".observer." in name, p) for name, p in self.model.named_parameters()]  # the observer's surprises must not shorten everyone's step
+        self.clipped = [[p for watching, p in named if watching == which] for which in (False, True)]
         self.generator = torch.Generator().manual_seed(config.seed)  # rows
         self.noise = torch.Generator(self.device).manual_seed(config.seed)  # rollouts, cuts
         self.thinking = Thinking(max_run=config.max_run, after=self.vocabulary.think_after())
@@ -562,7 +564,7 @@ class Trainer:
             group["lr"] = group["peak_lr"] * self.schedule()
         self.optimiser.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip).item()
+        norm = sum(torch.nn.utils.clip_grad_norm_(some, c.clip).item() for some in self.clipped)
         if not math.isfinite(loss.item() + norm):
             raise FloatingPointError(f"the loss is {loss.item()}, its gradient {norm}, at step {self.step}: a lower --lr may help; nothing was saved since")
         self.optimiser.step()
