@@ -106,9 +106,9 @@ class KVCache:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turn the two halves (a, b) of each head into (a cos - b sin, b cos + a sin). x (..., C, hs); cos, sin as GPT.turns makes them."""
+    """RoPE: turn the two halves of each head by position times frequency. x (..., C, hs); cos, sin (C, hs / 2) of that angle."""
     a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class Observer(nn.Module):
@@ -211,12 +211,6 @@ class GPT(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.constant_(module.bias, math.log(self.config.gate_init / (1 - self.config.gate_init)))
 
-    def turns(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Of the angle, position times frequency, of columns start .. end - 1: its cosine twice, and minus and plus its sine, each (C, hs)."""
-        angle = torch.arange(start, end, device=self.frequency.device)[:, None] * self.frequency  # (C, hs / 2)
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
     def trunk(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
         """The blocks, arguments as in `forward` -> (B, C, n_embd), and what the observer sensed, (B, C, hs), or None."""
         if not x.is_floating_point():
@@ -228,7 +222,8 @@ class GPT(nn.Module):
             if start + x.size(1) > self.config.n_positions:
                 raise ValueError(f"learned positions end after {self.config.n_positions} columns")
             x = x + self.position.weight[start : start + x.size(1)]
-        (cos, sin), x = self.turns(start, start + x.size(1)), self.drop(x)
+        angle = torch.arange(start, start + x.size(1), device=x.device)[:, None] * self.frequency  # (C, hs / 2)
+        cos, sin, x = angle.cos(), angle.sin(), self.drop(x)
         below = [x]  # outputs of the embedding and of each layer, (B, C, n_embd)
         for layer, block in enumerate(self.blocks):
             x, sensed = block(x, below, cos, sin, mask, cache, layer)
