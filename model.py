@@ -5,7 +5,7 @@ The network is an ordinary pre-norm decoder with rotary positions. Four things a
 K thoughts in the vocabulary, a gate (one number a column: think next, or speak?), an observer (one more attention head
 in the last block, which watches the layers below), and `rollout`, the one loop that walks a batch of rows from left
 to right, with a thought wherever the gate asks for one.
-Training, evaluation and sampling all use that loop.
+Training, evaluation and sampling all use that loop; `parallel_rollout` finds what it finds where all words are given, in fewer steps.
 
 Not here: the loss (train.py), any task, any path, any logging. The output of `generate` holds no thought.
 
@@ -383,7 +383,7 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
     forced = bool((given >= length).all())
     if forced and not runs and not watch:
         return without_thoughts(real, length)
-    columns, speaks_from = int(length.max()) * (1 + runs), int(given.min())
+    columns, speaks_from = max(1, (int(length.max()) - 1) * (1 + runs)), int(given.min())  # at most; a row's last token is said, not fed
     cache = KVCache(model.config, B, columns, thinking.window, device, model.embedding.weight.dtype)
     noise = draw_noise(model, B, real.size(1) * runs, thinking, generator) if forced and runs else None
     may_follow = None if thinking.after is None else F.pad(thinking.after.to(device), (0, model.config.n_think), value=True)  # (V + K,)

@@ -498,7 +498,7 @@ def rolls_in_parallel(config: Config, device: str, rows: int) -> bool:
     Sequential, a column costs what it costs to call the network, and its rows' share; parallel, there are few calls, but a column is computed again in
     every pass. On a CPU the calls are dear for few rows only (bench.py shows where), on a GPU for all. Dropout allows no second pass.
     """
-    return config.rollout == "parallel" or config.rollout == "auto" and not config.dropout and (device != "cpu" or rows <= 32)
+    return config.rollout == "parallel" or config.rollout == "auto" and not config.dropout and (device != "cpu" or rows <= 16)
 
 
 class Trainer:
