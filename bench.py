@@ -1,7 +1,7 @@
 """
 What a training step, a rollout and a sample cost, beside their peers: a Markdown table, and one line of JSON.
 
-  python bench.py                    about four minutes on one thread of a CPU
+  python bench.py                    two to three minutes on one thread of a CPU
   python bench.py --run=out/chain    the two rollouts of a trained model, on its own data: how many passes the parallel one needs
 
 Everything is synthetic but for --run: rows of random words with a thought behind each (the dearest stream there is, half of its columns are thoughts), and
@@ -30,7 +30,7 @@ from train import Config, as_trained, hybrid_loss, load_config, load_model, pick
 
 @dataclass
 class BenchConfig:
-    n_layer: int = 4
+    n_layer: int = 2
     n_head: int = 4
     n_embd: int = 128
     words: int = 65  # V
@@ -38,7 +38,7 @@ class BenchConfig:
     rows: int = 4  # B
     length: int = 256  # columns of a stream, half of them thoughts, where the length is not what varies
     lengths: str = "64,128,256,512,1024"  # columns, for the growth
-    repeats: int = 5
+    repeats: int = 3
     threads: int = 1
     device: str = "auto"
     run: str = ""  # folder of a trained model, to time its rollouts instead
@@ -84,7 +84,7 @@ class Watched:
 
 
 def timed(job, device: str):
-    """-> what calls the job, and returns the seconds that it took."""
+    """-> what calls the job and returns the seconds it took."""
 
     def call() -> float:
         clock = Clock(device)
@@ -148,13 +148,6 @@ def without_cache(model: GPT, real: torch.Tensor, columns: int, noise, choose=dr
     return stream
 
 
-@torch.no_grad()
-def sample_without_cache(model: GPT, columns: int, rows: int, noise) -> None:
-    stream = torch.zeros(rows, 1, dtype=torch.long, device=model.embedding.weight.device)
-    for _ in range(columns):
-        stream = torch.cat([stream, draw(model(stream).words[:, -1], noise)[:, None]], dim=1)
-
-
 def transformers_sampler(c: BenchConfig, device: str, noise):
     """-> what samples c.length tokens from GPT-2 of our shape, or None if the package is missing."""
     try:
@@ -196,10 +189,15 @@ def cell(value) -> str:
     return str(value)
 
 
-def table(title: str, rows: list[dict]) -> None:
-    print(f"\n**{title}**\n\n| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
+def table(title: str, rows) -> list[dict]:
+    """Print dictionaries with the same keys, each as soon as it comes -> all of them."""
+    found = []
     for row in rows:
+        if not found:
+            print(f"\n**{title}**\n\n| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
         print("| " + " | ".join(map(cell, row.values())) + " |", flush=True)
+        found.append(row)
+    return found
 
 
 def exponent(lengths: list[int], values: list[float]) -> float:
@@ -207,8 +205,10 @@ def exponent(lengths: list[int], values: list[float]) -> float:
     return round(float(np.polyfit(np.log(lengths), np.log(values), 1)[0]), 2)
 
 
-def peak_memory(c: BenchConfig, device: str, kind: str) -> int:
-    """Bytes of one step above what was held before it, in a process of its own."""
+def peak_memory(c: BenchConfig, device: str, kind: str) -> int | None:
+    """Bytes of one step above what was held before it, in a process of its own; None where nobody counts."""
+    if device != "cuda" and not Path("/proc/self/status").exists():
+        return None
     options = [f"--{name}={value}" for name, value in dataclasses.asdict(dataclasses.replace(c, peak=kind, device=device)).items()]
     return int(subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True).stdout)
 
@@ -232,50 +232,49 @@ def print_peak(c: BenchConfig, device: str) -> None:
 # what is measured
 
 
-def growth(c: BenchConfig, device: str) -> dict:
-    """Steps and rollouts at several lengths, widths and batch sizes; the powers of the length by which they grow."""
-    lengths = [int(n) for n in c.lengths.split(",")]
-    shapes = [dataclasses.replace(c, length=n) for n in lengths] + [dataclasses.replace(c, n_embd=w) for w in (c.n_embd // 2, 2 * c.n_embd)]
-    shapes += [dataclasses.replace(c, rows=n) for n in (max(1, c.rows // 4), 4 * c.rows)]
-    rows, series, first = [], {}, {}
-    for s in shapes:
-        batch, noise, model = make_batch(s, device), torch.Generator(device).manual_seed(0), make(s, device, s.thoughts)
-        passes = []
+def growth(c: BenchConfig, device: str):
+    """Steps and rollouts at several lengths, widths and batch sizes -> a row of the table for each."""
+    shapes = [dataclasses.replace(c, length=int(n)) for n in c.lengths.split(",")] + [dataclasses.replace(c, n_embd=w) for w in (c.n_embd // 2, 2 * c.n_embd)]
+    for s in shapes + [dataclasses.replace(c, rows=n) for n in (max(1, c.rows // 4), 4 * c.rows)]:
+        model, batch, noise, passes = make(s, device, s.thoughts), make_batch(s, device), torch.Generator(device).manual_seed(0), []
+        plain, hybrid = (training_step(s, device, n_think) for n_think in (0, s.thoughts))
         jobs = {
-            "plain": training_step(s, device, 0),
-            "hybrid": training_step(s, device, s.thoughts),
-            "forgetting": training_step(s, device, s.thoughts, forget=0.8),
-            "sequential": timed(lambda: rollout(model, batch.real, batch.length, batch.length, Thinking(hold=1.0), noise), device),
-            "parallel": timed(lambda: passes.append(parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise)[1]), device),
+            "plain": plain,
+            "hybrid": hybrid,
+            "sequential": lambda: rollout(model, batch.real, batch.length, batch.length, Thinking(hold=1.0), noise),
+            "parallel": lambda: passes.append(parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise)[1]),
         }
-        found = alternately(jobs, c.repeats)
-        whole = {name: [sum(turn.values()) if isinstance(turn, dict) else turn for turn in turns] for name, turns in found.items()}
-        counted = device == "cuda" or Path("/proc/self/status").exists()
-        memory = {kind: peak_memory(s, device, kind) for kind in ("plain", "hybrid") if counted}
-        rows.append(
-            {"rows": s.rows, "columns": s.length, "width": s.n_embd, "plain step, ms": spread(whole["plain"], 1e3), "hybrid step, ms": spread(whole["hybrid"], 1e3)}
-            | {"hybrid / plain": ratio(whole["hybrid"], whole["plain"]), "with forgetting / plain": ratio(whole["forgetting"], whole["plain"])}
-            | {f"{way}, columns/s": float(s.rows * s.length / np.median(whole[way])) for way in ("sequential", "parallel")}
-            | {"sequential / parallel": ratio(whole["sequential"], whole["parallel"]), "passes per column": float(np.median(passes) / s.length)}
-            | {f"{kind} step, MB": memory[kind] / 1e6 for kind in memory}
+        took = alternately({name: timed(job, device) for name, job in jobs.items()}, c.repeats)
+        memory = {f"{kind} step, MB": bytes / 1e6 for kind in ("plain", "hybrid") if (bytes := peak_memory(s, device, kind)) is not None}
+        yield (
+            {"rows": s.rows, "columns": s.length, "width": s.n_embd, "plain step, ms": spread(took["plain"], 1e3), "hybrid step, ms": spread(took["hybrid"], 1e3)}
+            | {"hybrid / plain": ratio(took["hybrid"], took["plain"])}
+            | {f"{way}, columns/s": float(s.rows * s.length / np.median(took[way])) for way in ("sequential", "parallel")}
+            | {"sequential / parallel": ratio(took["sequential"], took["parallel"]), "passes per column": float(np.median(passes) / s.length)}
+            | memory
         )
-        if s == c:
-            first = {name: found[name] for name in ("plain", "hybrid", "forgetting")}
-        if s.rows == c.rows and s.n_embd == c.n_embd:
-            for name, value in ({name: np.median(turns) for name, turns in whole.items()} | {f"memory, {kind}": memory[kind] for kind in memory}).items():
-                series.setdefault(name, []).append(value)
-    table("Training steps on the same real tokens, and rollouts", rows)
-    exponents = {name: exponent(lengths, values) for name, values in series.items()}
-    table(f"They grow with the {lengths[0]} to {lengths[-1]} columns of a stream to the power of", [exponents])
-    parts = []
-    for name, turns in first.items():
-        parts.append({"": name} | {part: spread([turn[part] for turn in turns], 1e3) for part in ("rollout", "passes", "losses", "optimiser")})
-        parts[-1] |= {"together": spread([sum(turn.values()) for turn in turns], 1e3)}
-    table(f"Parts of a step, ms ({c.rows} rows of {c.length} columns, width {c.n_embd})", parts)
-    return {"growth": rows, "exponents": exponents, "parts": parts}
 
 
-def peers(c: BenchConfig, device: str) -> dict:
+def exponents(c: BenchConfig, rows: list[dict]) -> dict:
+    """Powers of the stream's length, of the rows in which nothing else varies."""
+    rows = rows[: len(c.lengths.split(","))]
+    lengths = [row["columns"] for row in rows]
+    series = {name: [value[1] if isinstance(value := row[name], list) else value for row in rows] for name in rows[0] if name.endswith((", ms", ", MB"))}
+    series |= {f"{way} rollout": [row["columns"] / row[f"{way}, columns/s"] for row in rows] for way in ("sequential", "parallel")}
+    return {name: exponent(lengths, values) for name, values in series.items()}
+
+
+def parts(c: BenchConfig, device: str):
+    """Where the time of a step goes; the parts add up."""
+    steps = {"plain": training_step(c, device, 0), "hybrid": training_step(c, device, c.thoughts), "hybrid, forgetting": training_step(c, device, c.thoughts, 0.8)}
+    found = alternately(steps, c.repeats)
+    whole = {name: [sum(turn.values()) for turn in turns] for name, turns in found.items()}
+    for name, turns in found.items():
+        by_part = {f"{part}, ms": spread([turn[part] for turn in turns], 1e3) for part in ("rollout", "passes", "losses", "optimiser")}
+        yield {"step": name} | by_part | {"together, ms": spread(whole[name], 1e3), "/ plain": ratio(whole[name], whole["plain"])}
+
+
+def peers(c: BenchConfig, device: str):
     """The same columns by other ways, each against ours in the same turn."""
     model, batch, noise = make(c, device, c.thoughts), make_batch(c, device), torch.Generator(device).manual_seed(0)
     start = torch.zeros(c.rows, c.length + 1, dtype=torch.long, device=device)
@@ -285,28 +284,23 @@ def peers(c: BenchConfig, device: str) -> dict:
         "rollout in parallel": lambda: parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
         "rollout without a cache": lambda: without_cache(model, batch.real, c.length, noise),
         "sampling": lambda: rollout(model, start, given, length, Thinking("never"), noise),
-        "sampling without a cache": lambda: sample_without_cache(model, c.length, c.rows, noise),
         "sampling, GPT-2 of transformers": transformers_sampler(c, device, noise),
     }
     found = alternately({name: timed(job, device) for name, job in jobs.items() if job}, c.repeats)
-    rows = []
     for name in jobs:
-        if name not in found:
-            rows.append({"": name, "columns/s": "transformers is not installed"})
-            continue
-        rows.append({"": name, "columns/s": float(c.rows * c.length / np.median(found[name]))})
-        rows[-1] |= {f"time / {ours}": ratio(found[name], found[ours]) for ours in ("sampling", "rollout", "rollout in parallel")}
-    table(f"Peers: {c.rows} rows of {c.length} columns, width {c.n_embd}, {c.n_layer} layers", rows)
-    return {"peers": rows}
+        if name in found:
+            times = {f"time / {ours}": ratio(found[name], found[ours]) for ours in ("sampling", "rollout", "rollout in parallel")}
+            yield {"": name, "columns/s": float(c.rows * c.length / np.median(found[name]))} | times
+        else:
+            yield {"": name, "columns/s": "transformers is not installed"}
 
 
-def trained(c: BenchConfig, device: str) -> dict:
+def trained(c: BenchConfig, device: str):
     """The two rollouts of a trained model, free and paid, on rows of its own data."""
     model, vocabulary, state = load_model(c.run, device)
     config = Config(**state["config"])
     split = load_split(config.data, "val", vocabulary, config.block)
     batch = split.first(c.rows, split.levels[-1]).to(device)
-    rows = []
     for name, hold in (("free", config.hold), ("paid", None)):
         noise, thinking, passes = torch.Generator(device).manual_seed(0), dataclasses.replace(as_trained(state, vocabulary), hold=hold), []
         columns = rollout(model, batch.real, batch.length, batch.length, thinking, noise).stream.size(1)
@@ -315,10 +309,8 @@ def trained(c: BenchConfig, device: str) -> dict:
             "parallel": lambda: passes.append(parallel_rollout(model, batch.real, batch.length, thinking, noise)[1]),
         }
         found = alternately({way: timed(job, device) for way, job in jobs.items()}, c.repeats)
-        rows.append({"": name, "rows x columns": f"{c.rows} x {columns}"} | {f"{way}, ms": spread(found[way], 1e3) for way in jobs})
-        rows[-1] |= {"sequential / parallel": ratio(found["sequential"], found["parallel"]), "passes per column": float(np.median(passes) / columns)}
-    table(f"Rollouts of {c.run}", rows)
-    return {"trained": rows}
+        row = {"phase": name, "rows": c.rows, "columns": columns} | {f"{way}, ms": spread(found[way], 1e3) for way in jobs}
+        yield row | {"sequential / parallel": ratio(found["sequential"], found["parallel"]), "passes per column": float(np.median(passes) / columns)}
 
 
 def main(argv: list[str]) -> None:
@@ -329,7 +321,14 @@ def main(argv: list[str]) -> None:
         return print_peak(c, device)
     shape = "" if c.run else f", {c.n_layer} layers, {c.words} words, {c.thoughts} thoughts"
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads{shape}; medians of {c.repeats} turns")
-    found = trained(c, device) if c.run else growth(c, device) | peers(c, device)
+    if c.run:
+        found = {"trained": table(f"The two rollouts of {c.run}", trained(c, device))}
+    else:
+        found = {"growth": table("Training steps on the same real tokens, and rollouts", growth(c, device))}
+        found["exponents"] = table("Power of the stream's length with which they grow", [exponents(c, found["growth"])])
+        shape = f"{c.rows} rows of {c.length} columns, width {c.n_embd}"
+        found["parts"] = table(f"Parts of a step: {shape}", parts(c, device))
+        found["peers"] = table(f"Peers: {shape}", peers(c, device))
     print("\n" + json.dumps({"torch": torch.__version__, "device": device, "threads": torch.get_num_threads(), "config": dataclasses.asdict(c)} | found))
 
 

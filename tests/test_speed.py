@@ -118,13 +118,14 @@ def test_the_bench_prints_its_tables_and_one_line_of_json(capsys, monkeypatch):
     monkeypatch.setattr(bench, "peak_memory", lambda c, device, kind: 1000 * c.length)  # each a process of its own, else
     bench.main("--n_layer=1 --n_head=2 --n_embd=16 --words=5 --thoughts=3 --length=16 --lengths=8,16 --repeats=2 --device=cpu".split())
     printed = capsys.readouterr().out
-    for title in ("Training steps on the same real tokens", "to the power of", "Parts of a step", "Peers"):
+    for title in ("Training steps on the same real tokens", "Power of the stream's length", "Parts of a step", "Peers"):
         assert title in printed
     found = json.loads(printed.splitlines()[-1])
     assert [row["columns"] for row in found["growth"]] == [8, 16, 16, 16, 16, 16]
-    assert found["exponents"]["memory, plain"] == 1.0
+    assert found["exponents"][0]["plain step, MB"] == 1.0
     for row in found["parts"]:
-        assert row["together"][1] == pytest.approx(sum(row[part][1] for part in ("rollout", "passes", "losses", "optimiser")), rel=0.01), "the parts add up"
+        together = sum(row[f"{part}, ms"][1] for part in ("rollout", "passes", "losses", "optimiser"))
+        assert row["together, ms"][1] == pytest.approx(together, rel=0.01), "the parts add up"
 
 
 def test_a_power_law_is_found():
