@@ -83,13 +83,13 @@ class KVCache:
     the keys before they are stored.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, columns: int, window: int = 0, device=None):
+    def __init__(self, config: GPTConfig, batch: int, columns: int, window: int = 0, device=None, dtype=None):
         self.size = min(window, columns) if window else columns
         self.window = window
         heads = config.n_head + bool(config.observer)  # the observer's is used in the last layer only
         shape = (config.n_layer, batch, heads, self.size, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, device=device)  # (n_layer, B, heads, size, hs)
-        self.values = torch.zeros(shape, device=device)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, heads, size, hs)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # columns stored so far; the same for all rows
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,12 +211,8 @@ class GPT(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.constant_(module.bias, math.log(self.config.gate_init / (1 - self.config.gate_init)))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Output:
-        """
-        x: token ids (B, C), or embeddings (B, C, n_embd), as the echo needs them.
-        mask: (C, C) or (B, 1, C, C), True where a query (row) sees a key (column); None is causal.
-        cache: the columns before these; x goes behind them. A cache takes one column at a time, or all at the start.
-        """
+    def trunk(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """The blocks, arguments as in `forward` -> (B, C, n_embd), and what the observer sensed, (B, C, hs), or None."""
         if not x.is_floating_point():
             x = self.embedding(x)  # (B, C) -> (B, C, n_embd)
         start = cache.length if cache is not None else 0
@@ -234,14 +230,31 @@ class GPT(nn.Module):
             below.append(x)
         if cache is not None:
             cache.length += x.size(1)
-        x = self.norm(x)
+        return self.norm(x), sensed
+
+    def ask_gate(self, x: Tensor, sensed: Tensor | None) -> Tensor:
+        """-> (B, C) logit of thinking. The gate reads the trunk but does not shape it: its policy gradient's noise wears off what thoughts mean."""
+        seen = x if sensed is None else torch.cat([x, sensed], dim=-1)
+        return self.gate(seen.detach())[..., 0]
+
+    def think(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """`forward` for who needs no words: logits of the thoughts (B, C, K) and of thinking (B, C)."""
+        x, sensed = self.trunk(x, cache=cache)
+        V = self.config.vocab_size
+        return F.linear(x, self.head.weight[V:], self.head.bias[V:]), self.ask_gate(x, sensed)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Output:
+        """
+        x: token ids (B, C), or embeddings (B, C, n_embd), as the echo needs them.
+        mask: (C, C) or (B, 1, C, C), True where a query (row) sees a key (column); None is causal.
+        cache: the columns before these; x goes behind them. A cache takes one column at a time, or all at the start.
+        """
+        x, sensed = self.trunk(x, mask, cache)
         words, thoughts = self.head(x).split([self.config.vocab_size, self.config.n_think], dim=-1)
         readings = words[..., :0] if sensed is None else self.blocks[-1].attention.observer.read(sensed)
         if self.gate is None:
             return Output(words, thoughts, torch.full_like(words[..., 0], -torch.inf), readings)
-        # the gate reads the trunk but does not shape it: the noise of its policy gradient wears off what thoughts mean
-        seen = x if sensed is None else torch.cat([x, sensed], dim=-1)
-        return Output(words, thoughts, self.gate(seen.detach())[..., 0], readings)
+        return Output(words, thoughts, self.ask_gate(x, sensed), readings)
 
     @torch.no_grad()
     def adopt(self, weights: dict[str, Tensor]) -> None:
@@ -331,6 +344,27 @@ class Rollout(NamedTuple):
         return torch.cat([self.pointer[:, :1] > 0, self.pointer[:, 1:] != self.pointer[:, :-1]], dim=1)
 
 
+class Noise(NamedTuple):
+    """
+    The chance in a rollout's thoughts, for each place that a row may come to, once at most: `runs` places for each real token, and a row stands at
+    place (pointer - 1) * runs + run while the real token at `pointer` is still to come and `run` thoughts were thought since the last.
+    """
+
+    think: Tensor  # (B, places) uniform: a thought follows where it is below the probability of thinking
+    thought: Tensor | None  # (B, places, K) Gumbel: argmax of logits plus this is a draw from their softmax (Gumbel 1954); None where none is drawn
+
+    def at(self, rows: Tensor, place: Tensor | int) -> tuple[Tensor, Tensor | None]:
+        """One place of each row, rows and place (B,) -> (B,), (B, K); or many, rows (B, 1), place (B, C) -> (B, C), (B, C, K)."""
+        return self.think[rows, place], None if self.thought is None else self.thought[rows, place]
+
+
+def draw_noise(model: GPT, B: int, places: int, thinking: Thinking, generator=None) -> Noise:
+    like = model.embedding.weight
+    think = torch.rand(B, places, generator=generator, device=like.device, dtype=like.dtype)
+    draws = thinking.mode == "random" or thinking.mode in ("policy", "swapped") and not thinking.greedy
+    return Noise(think, gumbel(like.new_empty(B, places, model.config.n_think), generator) if draws else None)
+
+
 @torch.no_grad()
 def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: Thinking, generator=None, stop: int = -1, watch=None) -> Rollout:
     """
@@ -341,43 +375,118 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
 
     real: (B, T) ids, T >= length. generator: the source of all chance in here, so that evaluation never draws from training's.
     watch: called with every new column's token ids (B,), thoughts included, as soon as they are chosen.
+    Where all is given, nothing in the loop waits for the device but a look, every eight columns, whether it is done.
     """
-    B, T = real.shape
-    V, K = model.config.vocab_size, model.config.n_think
+    B, V = len(real), model.config.vocab_size
     device, rows = real.device, torch.arange(B, device=real.device)
-    real, length = real.clone(), length.clone()
-    may_follow = torch.ones(V + K, dtype=torch.bool, device=device)
-    if thinking.after is not None:
-        may_follow[:V] = thinking.after
-    runs = thinking.max_run if K and thinking.mode != "never" else 0
-    if not runs and not watch and (given >= length).all():
+    runs = thinking.max_run if model.config.n_think and thinking.mode != "never" else 0
+    forced = bool((given >= length).all())
+    if forced and not runs and not watch:
         return without_thoughts(real, length)
-    columns = int(length.max()) * (1 + runs)
-    cache = KVCache(model.config, B, columns, thinking.window, device)
-    token, pointer, run = real[:, 0], torch.ones(B, dtype=torch.long, device=device), torch.zeros_like(given)
+    columns, speaks_from = int(length.max()) * (1 + runs), int(given.min())
+    cache = KVCache(model.config, B, columns, thinking.window, device, model.embedding.weight.dtype)
+    noise = draw_noise(model, B, real.size(1) * runs, thinking, generator) if forced and runs else None
+    may_follow = None if thinking.after is None else F.pad(thinking.after.to(device), (0, model.config.n_think), value=True)  # (V + K,)
+    real, length = F.pad(real, (0, 1)), length.clone()  # (B, T + 1): a row that is done still has something to point at
+    token, pointer, run = real[:, 0], torch.ones(B, dtype=torch.long, device=device), torch.zeros(B, dtype=torch.long, device=device)
     record = []  # of (token, pointer, decides, thinks, valid), each (B,)
-    for _ in range(columns):
-        words, thoughts, gate, _ = (y[:, -1] for y in model(token[:, None], cache=cache))  # (B, V), (B, K), (B,)
+    for column in range(columns):
+        if noise:  # what the words are is known
+            thoughts, gate = (y[:, -1] for y in model.think(token[:, None], cache))  # (B, K), (B,)
+        else:
+            words, thoughts, gate, _ = (y[:, -1] for y in model(token[:, None], cache=cache))  # (B, V), (B, K), (B,)
         valid = pointer < length
-        decides = valid & (run < runs) & may_follow[token]
-        thinks = decides & think_now(gate, run, thinking, generator)
+        decides = valid & (run < runs)
+        if may_follow is not None:
+            decides = decides & may_follow[token]
+        uniform, gumbels = noise.at(rows, (pointer - 1) * runs + run) if noise else draw_noise(model, B, 1, thinking, generator).at(rows, 0)
+        thinks = decides & think_now(gate, run, uniform, thinking)
         record.append((token, pointer, decides, thinks, valid))
-        word = real[rows, pointer.clamp(max=T - 1)]
-        own = valid & (pointer >= given)
-        if own.any():
-            word = torch.where(own, choose(words, thinking, generator), word)
-            real[rows, pointer.clamp(max=T - 1)] = torch.where(thinks, real[rows, pointer.clamp(max=T - 1)], word)
-            length = torch.where(own & ~thinks & (word == stop), pointer + 1, length)
-        token = word
-        if runs:
-            token = torch.where(thinks, V + choose_thought(thoughts, thinking, generator), word)
+        word = real[rows, pointer]
+        if not forced and column + 1 >= speaks_from:
+            own = valid & (pointer >= given)
+            said = torch.where(own, choose(words, thinking, generator), word)
+            real[rows, pointer] = torch.where(thinks, word, said)
+            length = torch.where(own & ~thinks & (said == stop), pointer + 1, length)
+            word = said
+        token = torch.where(thinks, V + choose_thought(thoughts, gumbels, thinking), word) if runs else word
         if watch:
             watch(token)
         run = torch.where(thinks, run + 1, 0)
         pointer = torch.where(thinks | ~valid, pointer, pointer + 1)
-        if (pointer >= length).all():
+        if (not forced or column % 8 == 7) and (pointer >= length).all():
             break
-    return Rollout(*(torch.stack(part, dim=1) for part in zip(*record)), real, length)
+    parts = [torch.stack(part, dim=1) for part in zip(*record)]
+    used = max(1, int(parts[-1].any(dim=0).sum()))
+    return Rollout(*(part[:, :used] for part in parts), real[:, :-1], length)
+
+
+@torch.no_grad()
+def parallel_rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, generator=None) -> tuple[Rollout, int]:
+    """
+    The rollout of rows that are given to their end, as `rollout` makes it of the same noise, by guessing -> the rollout, passes through the model.
+
+    Guess what a row does at every place; run the stream that comes of it through the model, all columns at once; see what each column does, its noise
+    given; make that the guess; again, until nothing changes. A column is right if all before it are, so each pass settles at least one more
+    column of each row, and in practice many: a wrong guess matters only to the columns that listen to it. Rows that are settled leave the batch.
+    The result is the same but where two choices are so near a tie that rounding, which depends on the shape of the batch, decides between them.
+    """
+    (B, T), V, K = real.shape, model.config.vocab_size, model.config.n_think
+    runs = thinking.max_run if K and thinking.mode != "never" else 0
+    if not runs:
+        return without_thoughts(real, length), 0
+    if thinking.window or model.training and model.config.dropout:
+        raise ValueError("a parallel rollout has all columns in view, and no dropout: a pass must say twice what it said once")
+    noise = draw_noise(model, B, T * runs, thinking, generator)
+    may_follow = torch.ones(V + K, dtype=torch.bool, device=real.device)
+    if thinking.after is not None:
+        may_follow[:V] = thinking.after
+    # the first guess is of a model that knows nothing: all logits zero
+    silent = torch.zeros_like(noise.think)  # (B, places)
+    run = torch.arange(runs, device=real.device).repeat(T)
+    thinks = think_now(silent, run, noise.think, thinking) & F.pad(may_follow[real][..., None], (0, runs - 1), value=True).flatten(1)
+    thoughts = choose_thought(silent[..., None].expand(-1, -1, K), noise.thought, thinking)
+    rows, settled, passes = torch.arange(B, device=real.device), torch.zeros(B, dtype=torch.long, device=real.device), 0  # rows still in the batch
+    while len(rows):
+        stream, pointer, run, valid = lay_out(real[rows], length[rows], thinks[rows], thoughts[rows], V)
+        logits, gate = model.think(stream)
+        place, column = (pointer - 1) * runs + run, torch.arange(stream.size(1), device=real.device)
+        uniform, gumbels = noise.at(rows[:, None], place)
+        decides = valid & (run < runs) & may_follow[stream] & (column >= settled[:, None])  # settled columns stay, whatever rounding says
+        thinks_now, thought = think_now(gate, run, uniform, thinking), choose_thought(logits, gumbels, thinking)
+        was, thought_was = thinks[rows[:, None], place], thoughts[rows[:, None], place]
+        wrong = decides & ((thinks_now != was) | thinks_now & (thought != thought_was))
+        each = rows[:, None].expand_as(place)[decides], place[decides]
+        thinks[each], thoughts[each] = thinks_now[decides], thought[decides]
+        unsure = wrong.any(dim=1)
+        settled = wrong.int().argmax(dim=1) + 1
+        if thinking.mode == "swapped":  # a row depends on the one before it
+            unsure, settled = unsure.any().expand_as(unsure), torch.where(unsure, settled, stream.size(1)).min().expand_as(settled)
+        rows, settled, passes = rows[unsure], settled[unsure], passes + 1
+    stream, pointer, run, valid = lay_out(real, length, thinks, thoughts, V)
+    decides = valid & (run < runs) & may_follow[stream]
+    thinks = decides & thinks.gather(1, (pointer - 1) * runs + run)
+    return Rollout(stream, pointer, decides, thinks, valid, real.clone(), length.clone()), passes
+
+
+def lay_out(real: Tensor, length: Tensor, thinks: Tensor, thoughts: Tensor, V: int) -> tuple[Tensor, ...]:
+    """
+    The streams of rows that do at each place what `thinks` (B, places) bool and `thoughts` (B, places) 0 .. K-1 say -> (B, C) token ids,
+    pointer, thoughts thought since the last real token, and valid.
+    """
+    B, T = real.shape
+    runs = thinks.size(1) // T
+    count = thinks.view(B, T, runs).cumprod(dim=2).sum(dim=2)  # (B, T) thoughts behind each real token
+    start = (1 + count).cumsum(dim=1) - 1 - count  # (B, T) the real token's column
+    columns = max(1, int(start.gather(1, length[:, None] - 1).max()))
+    column = torch.arange(columns, device=real.device).expand(B, columns).contiguous()
+    pointer = torch.minimum(torch.searchsorted(start, column, right=True), length[:, None])
+    run, valid = column - start.gather(1, pointer - 1), pointer < length[:, None]
+    behind = ~valid & (run > 0)  # there stands the token that the pointer is at, as in `rollout`
+    word = F.pad(real, (0, 1)).gather(1, pointer - 1 + behind.long())
+    run = run * valid
+    thought = thoughts.gather(1, ((pointer - 1) * runs + run - 1).clamp(min=0))  # of the place that was left for this one
+    return torch.where(run > 0, V + thought, word), pointer, run, valid
 
 
 def without_thoughts(real: Tensor, length: Tensor) -> Rollout:
@@ -389,21 +498,23 @@ def without_thoughts(real: Tensor, length: Tensor) -> Rollout:
     return Rollout(stream, pointer, nowhere, nowhere, pointer < length[:, None], real, length)
 
 
-def think_now(gate: Tensor, run: Tensor, thinking: Thinking, generator=None) -> Tensor:
-    """(B,) gate logits, (B,) thoughts already in this run -> (B,) bool."""
+def think_now(gate: Tensor, run: Tensor, uniform: Tensor, thinking: Thinking) -> Tensor:
+    """Gate logits, thoughts already in this run, and uniform noise, of one shape -> bool of that shape."""
     if thinking.hold is not None:
-        probability = torch.where(run == 0, thinking.hold, 1.0)
-    elif thinking.greedy:
+        return uniform < torch.where(run == 0, thinking.hold, 1.0)
+    if thinking.greedy:
         return gate > 0
-    else:
-        probability = thinking.explore + (1 - 2 * thinking.explore) * gate.sigmoid()
-    return torch.rand(gate.shape, generator=generator, device=gate.device) < probability
+    return uniform < thinking.explore + (1 - 2 * thinking.explore) * gate.sigmoid()
+
+
+def gumbel(empty: Tensor, generator=None) -> Tensor:
+    """Fills a tensor with Gumbel noise."""
+    return empty.exponential_(generator=generator).log_().neg_()
 
 
 def draw(logits: Tensor, generator=None) -> Tensor:
     """A draw from the softmax of (B, N) logits -> (B,), by the Gumbel-max trick (Gumbel 1954)."""
-    exponential = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits - exponential.log()).argmax(dim=-1)
+    return (logits + gumbel(torch.empty_like(logits), generator)).argmax(dim=-1)
 
 
 def choose(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
@@ -416,15 +527,14 @@ def choose(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
     return draw(logits / thinking.temperature, generator)
 
 
-def choose_thought(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
-    """(B, K) thought logits -> (B,) thoughts 0 .. K-1, by policy or with an ablation."""
-    B, K = logits.shape
+def choose_thought(logits: Tensor, gumbels: Tensor | None, thinking: Thinking) -> Tensor:
+    """(B, ..., K) thought logits, and noise to draw with -> (B, ...) thoughts 0 .. K-1, by policy or with an ablation."""
     if thinking.mode == "random":
-        return torch.randint(K, (B,), generator=generator, device=logits.device)
+        return gumbels.argmax(dim=-1)
     if thinking.mode == "constant":
-        return torch.full((B,), thinking.constant, device=logits.device)
-    thought = logits.argmax(dim=-1) if thinking.greedy else draw(logits, generator)
-    return thought.roll(1) if thinking.mode == "swapped" else thought
+        return torch.full(logits.shape[:-1], thinking.constant, device=logits.device)
+    thought = (logits if thinking.greedy else logits + gumbels).argmax(dim=-1)
+    return thought.roll(1, dims=0) if thinking.mode == "swapped" else thought
 
 
 def generate(model: GPT, prompts: list[list[int]], new_tokens: int, thinking: Thinking, generator=None, stop: int = -1, watch=None) -> tuple[list, Rollout]:

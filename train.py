@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split, load_vocabulary
-from model import GPT, GPTConfig, Rollout, Thinking, from_gpt2, rollout
+from model import GPT, GPTConfig, Rollout, Thinking, from_gpt2, parallel_rollout, rollout
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -98,6 +98,7 @@ class Config:
     baseline: str = "leave_one_out"  # of the gate's policy gradient: leave_one_out | observer | both
     observer_weight: float = 1.0  # weight of the observer's error in what it reads off
     rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
+    rollout: str = "auto"  # sequential | parallel, one and the same rollout found in two ways | auto: parallel on a GPU, or where rows are few
     # habits
     eval_every: int = 100
     eval_rows: int = 200  # validation rows a level
@@ -320,7 +321,8 @@ def information_kept(thoughts: Tensor, where: Tensor) -> Tensor:
 def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: bool, generator=None) -> tuple[Tensor, dict]:
     """All of a training step but the rollout and the optimiser -> loss, {name: number} and "row_loss" (B,) for the log."""
     answer = roll.valid & (roll.pointer >= batch.prompt[:, None])  # (B, C) columns that would say a token of the answer
-    full = model(roll.stream)  # pass 1
+    here = model.embedding(roll.stream)  # (B, C, n_embd)
+    full = model(here)  # pass 1
     loss_full = loss_kept = word_loss(full.words, roll)
     loss = weighted(loss_full, roll, answer, config.prompt_weight, config.charge_thinking)
     right = (full.words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)
@@ -328,15 +330,19 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
 
     if model.config.n_think:  # pass 2
         x = echo(model, roll, full.thoughts, config.echo_scale) if config.thought_grad == "echo" else roll.stream
-        cut = draw_cuts(roll, batch.prompt, config.forget_paid if paid else config.forget, config.cut_last, config.cut_every, generator)
-        kept = model(x, mask=forgetting_mask(cut))
+        forget = config.forget_paid if paid else config.forget
+        cut = draw_cuts(roll, batch.prompt, forget, config.cut_last, config.cut_every, generator)
+        again = not forget and not config.dropout and not config.compile  # what pass 2 would say was said in pass 1 already
+        kept = full if again else model(x, mask=forgetting_mask(cut))
         loss_kept = word_loss(kept.words, roll)
         mean_kept = weighted(loss_kept, roll, answer, config.prompt_weight, config.charge_thinking)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()
-
-        behind = roll.thinks & (cut.cumsum(dim=1) > 0)
-        imitation = (thought_log_probability(kept.thoughts, roll, model.config.vocab_size) * behind).sum() / behind.sum().clamp(min=1)
-        loss = loss - config.imitate * imitation  # with the past forgotten, think what was thought in full view
+        if again and config.thought_grad == "echo":  # the gradient that would have reached x, sent on to the logits; x - here is zero
+            loss = loss + ((x - here) * torch.autograd.grad(mean_kept, here, retain_graph=True)[0]).sum()
+        if config.imitate and forget:  # with the past forgotten, think what was thought in full view
+            behind = roll.thinks & (cut.cumsum(dim=1) > 0)
+            imitation = (thought_log_probability(kept.thoughts, roll, model.config.vocab_size) * behind).sum() / behind.sum().clamp(min=1)
+            loss = loss - config.imitate * imitation
         if config.tell and roll.thinks.any():
             loss = loss - config.tell * information_kept(full.thoughts, roll.thinks)
 
@@ -487,11 +493,23 @@ def as_trained(state: dict, vocabulary: Vocabulary) -> Thinking:
 # the loop
 
 
+def rolls_in_parallel(config: Config, device: str, rows: int) -> bool:
+    """
+    Sequential, a column costs what it costs to call the network, and its rows' share; parallel, there are few calls, but a column is computed again in
+    every pass. On a CPU the calls are dear for few rows only (bench.py shows where), on a GPU for all. Dropout allows no second pass.
+    """
+    return config.rollout == "parallel" or config.rollout == "auto" and not config.dropout and (device != "cpu" or rows <= 32)
+
+
 class Trainer:
     def __init__(self, config: Config):
         self.config, self.device = config, pick_device(config.device)
         if config.thought_grad not in ("echo", "reinforce"):
             raise DataError(f"thought_grad = {config.thought_grad!r} is neither echo nor reinforce")
+        if config.rollout not in ("sequential", "parallel", "auto"):
+            raise DataError(f"rollout = {config.rollout!r} is none of sequential, parallel, auto")
+        if config.rollout == "parallel" and config.dropout:
+            raise DataError("rollout = parallel needs dropout = 0: a pass must say twice what it said once")
         if config.baseline not in ("leave_one_out", "observer", "both"):
             raise DataError(f"baseline = {config.baseline!r} is none of leave_one_out, observer, both")
         if config.baseline != "leave_one_out" and not config.observer:
@@ -536,7 +554,11 @@ class Trainer:
         rows = max(1, c.batch_tokens // self.train_rows.longest(levels[-1]) // several)
         batch = self.train_rows.draw(rows, levels, self.generator).to(self.device).repeat(several)
         thinking = dataclasses.replace(self.thinking, hold=None if self.paid else c.hold, explore=c.explore)
-        roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, self.noise)
+        if rolls_in_parallel(c, self.device, len(batch.real)):
+            roll, passes = parallel_rollout(self.model, batch.real, batch.length, thinking, self.noise)
+        else:
+            roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, self.noise)
+            passes = roll.stream.size(1) * bool(c.n_think)
         loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak_lr"] * self.schedule()
@@ -547,6 +569,7 @@ class Trainer:
             raise FloatingPointError(f"the loss is {loss.item()}, its gradient {norm}, at step {self.step}: a lower --lr may help; nothing was saved since")
         self.optimiser.step()
         log |= {"step": self.step, "paid": self.paid, "level": levels[-1], "thoughts_per_token": (roll.thinks.sum() / roll.speaks.sum()).item()}
+        log["passes_per_column"] = passes / roll.stream.size(1)
         log["tokens"] = roll.speaks.sum().item()
         self.grow(batch, log.pop("row_loss"))
         if c.n_think:

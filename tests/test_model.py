@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from model import GPTConfig, KVCache, Output, Thinking, draw, generate, rollout
+from model import GPTConfig, KVCache, Noise, Output, Thinking, draw, draw_noise, generate, rollout
 
 
 def ids(model, rows=4, columns=9, seed=0):
@@ -136,12 +136,16 @@ class Scripted(torch.nn.Module):
     def __init__(self, thinks_behind):
         super().__init__()
         self.config = GPTConfig(vocab_size=5, n_think=3, n_layer=1, n_head=1, n_embd=2)
+        self.embedding = torch.nn.Embedding(8, 2)
         self.thinks_behind = torch.tensor(thinks_behind)
 
     def forward(self, x, mask=None, cache=None):
         words = torch.nn.functional.one_hot(torch.full_like(x, 4), 5).float()
         thoughts = torch.nn.functional.one_hot(x % 3, 3).float()
         return Output(words, thoughts, torch.where(torch.isin(x, self.thinks_behind), 9.0, -9.0), words[..., :0])
+
+    def think(self, x, cache=None):
+        return self(x)[1:3]
 
 
 def test_a_rollout_by_hand():
@@ -166,24 +170,26 @@ def test_thoughts_in_a_row_stop_at_max_run_and_follow_only_what_they_may():
     assert not rollout(chatty, real, length, length, nowhere).thinks.any()
 
 
-def slow_rollout(model, real, given, length, thinking, generator=None):
-    """One row in plain Python, the whole prefix recomputed for every column -> stream, real tokens."""
+def slow_rollout(model, real, given, length, thinking, generator=None, noise=None):
+    """One row in plain Python, the whole prefix recomputed for every column; the row's own noise, or drawn as it goes -> stream, real tokens."""
+    V, K, runs = model.config.vocab_size, model.config.n_think, thinking.max_run
     real, stream, pointer, run = list(real), [int(real[0])], 1, 0
+    exponential = lambda n: torch.empty(n).exponential_(generator=generator)  # noqa: E731
     while pointer < length:
-        words, thoughts, gate, _ = (y[:, -1] for y in model(torch.tensor([stream])))
-        if thinking.window:
-            c = torch.arange(len(stream))
-            band = (c[:, None] >= c) & (c[:, None] - c < thinking.window)
-            words, thoughts, gate, _ = (y[:, -1] for y in model(torch.tensor([stream]), mask=band))
-        draw = lambda logits: int((logits - torch.empty(logits.shape).exponential_(generator=generator).log()).argmax())  # noqa: E731
-        think = bool(gate > 0) if thinking.greedy else bool(torch.rand(1, generator=generator) < gate.sigmoid())
-        think = think and run < thinking.max_run
+        c = torch.arange(len(stream))
+        band = (c[:, None] >= c) & (c[:, None] - c < (thinking.window or len(stream)))
+        words, thoughts, gate, _ = (y[0, -1] for y in model(torch.tensor([stream]), mask=band))
+        place = (pointer - 1) * runs + run
+        uniform, gumbels = (noise.think[place], noise.thought[place]) if noise and run < runs else (torch.rand(1, generator=generator), -exponential(K).log())
+        probability = gate.sigmoid() if thinking.hold is None else thinking.hold if run == 0 else 1.0
+        think = bool(gate > 0) if thinking.greedy else bool(uniform < probability)
+        think = think and run < runs and (run > 0 or thinking.after is None or bool(thinking.after[stream[-1]]))
         word = int(real[pointer])
-        if pointer >= given:
-            word = int(words.argmax()) if thinking.greedy else draw(words)
-        thought = int(thoughts.argmax()) if thinking.greedy else draw(thoughts)
+        if len(stream) >= given:  # the first column that could speak for itself
+            own = int(words.argmax()) if thinking.greedy else int((words - exponential(V).log()).argmax())
+            word = own if pointer >= given else word
         if think:
-            stream, run = stream + [model.config.vocab_size + thought], run + 1
+            stream, run = stream + [V + int((thoughts if thinking.greedy else thoughts + gumbels).argmax())], run + 1
         else:
             real[pointer], run, pointer = word, 0, pointer + 1
             stream = stream + [word]
@@ -220,6 +226,29 @@ def test_the_sampled_rollout_equals_the_slow_one_draw_for_draw(tiny, seed):
     roll = rollout(model, real, given, length, thinking, torch.Generator().manual_seed(7))
     stream, said = slow_rollout(model, real[0], 4, 8, thinking, torch.Generator().manual_seed(7))
     assert roll.stream[0].tolist() == stream and roll.real[0].tolist() == said
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_rollout_that_is_given_all_words_equals_the_slow_one_with_the_same_noise(tiny, seed):
+    """Lengths, gates and noise of all kinds; nothing but the thoughts is computed, and the loop looks only now and then whether it is done."""
+    draw = torch.Generator().manual_seed(seed)
+    model, runs = tiny(seed, observer=("", "quarters")[seed % 2]), 1 + seed % 3
+    real, length = torch.randint(5, (6, 12), generator=draw), torch.randint(1, 13, (6,), generator=draw)
+    after = torch.tensor([True, True, False, True, True]) if seed % 4 == 3 else None
+    thinking = Thinking(max_run=runs, window=(0, 4)[seed // 4], after=after, hold=(None, None, 0.5)[seed % 3])
+    roll = rollout(model, real, length, length, thinking, torch.Generator().manual_seed(1))
+    noise = draw_noise(model, 6, 12 * runs, thinking, torch.Generator().manual_seed(1))
+    for b in range(6):
+        alone = Noise(noise.think[b], noise.thought[b])
+        assert roll.stream[b][roll.valid[b]].tolist() == slow_rollout(model, real[b], 12, length[b], thinking, noise=alone)[0]
+    assert roll.valid.any(dim=0).all(), "no column is empty"
+
+
+def test_who_needs_no_words_gets_the_thoughts_and_the_gate_of_those_who_do(tiny):
+    for observer in ("", "quarters"):
+        model = tiny(observer=observer)
+        for part, whole in zip(model.think(ids(model)), model(ids(model))[1:3]):
+            torch.testing.assert_close(part, whole)
 
 
 @pytest.mark.parametrize("mode", ["random", "constant", "swapped"])

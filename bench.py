@@ -1,0 +1,337 @@
+"""
+What a training step, a rollout and a sample cost, beside their peers: a Markdown table, and one line of JSON.
+
+  python bench.py                    about four minutes on one thread of a CPU
+  python bench.py --run=out/chain    the two rollouts of a trained model, on its own data: how many passes the parallel one needs
+
+Everything is synthetic but for --run: rows of random words with a thought behind each (the dearest stream there is, half of its columns are thoughts), and
+an untrained model. Jobs that are compared run in turn in one process, so that what disturbs one disturbs the others; medians of `repeats` turns, the lowest and
+highest in brackets, and ratios within a turn. Peak memory is that of a process of its own, above what it held before the step.
+
+Peers, with the same shape, words and columns: a rollout that keeps no keys and values and computes the whole prefix for each column, as nanoGPT
+samples; and GPT-2 of Hugging Face transformers, with its cache, in the shortest loop that samples from it. It is not required: without it, its row says so.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.dataset import Batch, load_split
+from model import GPT, GPTConfig, Thinking, draw, parallel_rollout, rollout
+from train import Config, as_trained, hybrid_loss, load_config, load_model, pick_device, rolls_in_parallel, run
+
+
+@dataclass
+class BenchConfig:
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    words: int = 65  # V
+    thoughts: int = 64  # K
+    rows: int = 4  # B
+    length: int = 256  # columns of a stream, half of them thoughts, where the length is not what varies
+    lengths: str = "64,128,256,512,1024"  # columns, for the growth
+    repeats: int = 5
+    threads: int = 1
+    device: str = "auto"
+    run: str = ""  # folder of a trained model, to time its rollouts instead
+    peak: str = ""  # plain or hybrid: one step of that kind, and nothing but its peak memory is printed
+
+
+def alternately(jobs: dict, repeats: int) -> dict[str, list]:
+    """Call each job once to warm up, then all in turn, `repeats` times -> what each returned, turn by turn."""
+    turns = [{name: job() for name, job in jobs.items()} for _ in range(1 + repeats)][1:]
+    return {name: [turn[name] for turn in turns] for name in jobs}
+
+
+class Clock:
+    """Seconds from tick to tick; a GPU is waited for."""
+
+    def __init__(self, device: str):
+        self.device, self.parts = device, {}
+        self.tick("")
+
+    def tick(self, part: str) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if part:
+            self.parts[part] = self.parts.get(part, 0.0) + now - self.last
+        self.last = now
+
+
+class Watched:
+    """A model whose forward passes are timed apart from what is done with them."""
+
+    def __init__(self, model: GPT, clock: Clock):
+        self.model, self.clock = model, clock
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def __call__(self, *args, **options):
+        self.clock.tick("losses")
+        out = self.model(*args, **options)
+        self.clock.tick("passes")
+        return out
+
+
+def timed(job, device: str):
+    """-> what calls the job, and returns the seconds that it took."""
+
+    def call() -> float:
+        clock = Clock(device)
+        job()
+        clock.tick("all")
+        return clock.parts["all"]
+
+    return call
+
+
+def make(c: BenchConfig, device: str, n_think: int) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(c.words, n_think, c.n_layer, c.n_head, c.n_embd)).to(device)
+
+
+def make_batch(c: BenchConfig, device: str) -> Batch:
+    """Rows of real tokens whose streams, with a thought behind each token but the last, have c.length columns."""
+    T = c.length // 2 + 1
+    length = torch.full((c.rows,), T)
+    return Batch(torch.randint(c.words, (c.rows, T), generator=torch.Generator().manual_seed(0)), length, length - 1, torch.ones_like(length)).to(device)
+
+
+def training_step(c: BenchConfig, device: str, n_think: int, forget: float = 0.0):
+    """-> what does one whole step, free phase or plain, as train.py's, and returns seconds by part."""
+    model, batch = make(c, device, n_think), make_batch(c, device)
+    config = Config(n_think=n_think, forget=forget, prompt_weight=1.0, imitate=0.1 if forget else 0.0, rollouts=1)
+    optimiser, noise = model.optimiser(1e-3, 1e-3, 0.1, (0.9, 0.99)), torch.Generator(device).manual_seed(0)
+
+    def step() -> dict[str, float]:
+        clock = Clock(device)
+        if rolls_in_parallel(config, device, c.rows):
+            roll, _ = parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise)
+        else:
+            roll = rollout(model, batch.real, batch.length, batch.length, Thinking(hold=1.0), noise)
+        clock.tick("rollout")
+        loss, _ = hybrid_loss(Watched(model, clock), roll, batch, config, False, noise)
+        clock.tick("losses")
+        optimiser.zero_grad()
+        loss.backward()
+        clock.tick("passes")  # there and back
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        clock.tick("optimiser")
+        return clock.parts
+
+    return step
+
+
+# ----------------------------------------------------------------------------------------------
+# the peers
+
+
+@torch.no_grad()
+def without_cache(model: GPT, real: torch.Tensor, columns: int, noise, choose=draw) -> torch.Tensor:
+    """A thought behind each real token, the whole stream computed again for each column -> (B, columns)."""
+    stream = real[:, :1]
+    for column in range(columns - 1):
+        thoughts, _ = model.think(stream)
+        thought = model.config.vocab_size + choose(thoughts[:, -1], noise)
+        stream = torch.cat([stream, (real[:, column // 2 + 1] if column % 2 else thought)[:, None]], dim=1)
+    return stream
+
+
+@torch.no_grad()
+def sample_without_cache(model: GPT, columns: int, rows: int, noise) -> None:
+    stream = torch.zeros(rows, 1, dtype=torch.long, device=model.embedding.weight.device)
+    for _ in range(columns):
+        stream = torch.cat([stream, draw(model(stream).words[:, -1], noise)[:, None]], dim=1)
+
+
+def transformers_sampler(c: BenchConfig, device: str, noise):
+    """-> what samples c.length tokens from GPT-2 of our shape, or None if the package is missing."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        return None
+    shape = GPT2Config(vocab_size=c.words + c.thoughts, n_positions=c.length, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, bos_token_id=None, eos_token_id=None)
+    model = GPT2LMHeadModel(shape).to(device).eval()
+
+    @torch.no_grad()
+    def sample() -> None:
+        token, cache = torch.zeros(c.rows, 1, dtype=torch.long, device=device), None
+        for _ in range(c.length):
+            out = model(token, past_key_values=cache, use_cache=True)
+            token, cache = draw(out.logits[:, -1], noise)[:, None], out.past_key_values
+
+    return sample
+
+
+# ----------------------------------------------------------------------------------------------
+# tables
+
+
+def spread(values: list[float], unit: float = 1.0) -> list[float]:
+    """-> lowest, median, highest."""
+    return [float(f"{unit * x:.4g}") for x in (min(values), np.median(values), max(values))]
+
+
+def ratio(a: list[float], b: list[float]) -> list[float]:
+    return spread([x / y for x, y in zip(a, b)])
+
+
+def cell(value) -> str:
+    if isinstance(value, list):
+        low, middle, high = map(cell, value)
+        return middle if low == high else f"{middle} ({low}-{high})"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+    return str(value)
+
+
+def table(title: str, rows: list[dict]) -> None:
+    print(f"\n**{title}**\n\n| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(map(cell, row.values())) + " |", flush=True)
+
+
+def exponent(lengths: list[int], values: list[float]) -> float:
+    """k of the power law length^k through the values, by least squares on logarithms."""
+    return round(float(np.polyfit(np.log(lengths), np.log(values), 1)[0]), 2)
+
+
+def peak_memory(c: BenchConfig, device: str, kind: str) -> int:
+    """Bytes of one step above what was held before it, in a process of its own."""
+    options = [f"--{name}={value}" for name, value in dataclasses.asdict(dataclasses.replace(c, peak=kind, device=device)).items()]
+    return int(subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True).stdout)
+
+
+def print_peak(c: BenchConfig, device: str) -> None:
+    """What that process does. On a CPU Linux counts, in /proc."""
+
+    def peak() -> int:
+        if device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+    n_think = c.thoughts * (c.peak == "hybrid")
+    training_step(dataclasses.replace(c, rows=1, length=16), device, n_think)()
+    before = peak()
+    training_step(c, device, n_think)()
+    print(peak() - before)
+
+
+# ----------------------------------------------------------------------------------------------
+# what is measured
+
+
+def growth(c: BenchConfig, device: str) -> dict:
+    """Steps and rollouts at several lengths, widths and batch sizes; the powers of the length by which they grow."""
+    lengths = [int(n) for n in c.lengths.split(",")]
+    shapes = [dataclasses.replace(c, length=n) for n in lengths] + [dataclasses.replace(c, n_embd=w) for w in (c.n_embd // 2, 2 * c.n_embd)]
+    shapes += [dataclasses.replace(c, rows=n) for n in (max(1, c.rows // 4), 4 * c.rows)]
+    rows, series, first = [], {}, {}
+    for s in shapes:
+        batch, noise, model = make_batch(s, device), torch.Generator(device).manual_seed(0), make(s, device, s.thoughts)
+        passes = []
+        jobs = {
+            "plain": training_step(s, device, 0),
+            "hybrid": training_step(s, device, s.thoughts),
+            "forgetting": training_step(s, device, s.thoughts, forget=0.8),
+            "sequential": timed(lambda: rollout(model, batch.real, batch.length, batch.length, Thinking(hold=1.0), noise), device),
+            "parallel": timed(lambda: passes.append(parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise)[1]), device),
+        }
+        found = alternately(jobs, c.repeats)
+        whole = {name: [sum(turn.values()) if isinstance(turn, dict) else turn for turn in turns] for name, turns in found.items()}
+        counted = device == "cuda" or Path("/proc/self/status").exists()
+        memory = {kind: peak_memory(s, device, kind) for kind in ("plain", "hybrid") if counted}
+        rows.append(
+            {"rows": s.rows, "columns": s.length, "width": s.n_embd, "plain step, ms": spread(whole["plain"], 1e3), "hybrid step, ms": spread(whole["hybrid"], 1e3)}
+            | {"hybrid / plain": ratio(whole["hybrid"], whole["plain"]), "with forgetting / plain": ratio(whole["forgetting"], whole["plain"])}
+            | {f"{way}, columns/s": float(s.rows * s.length / np.median(whole[way])) for way in ("sequential", "parallel")}
+            | {"sequential / parallel": ratio(whole["sequential"], whole["parallel"]), "passes per column": float(np.median(passes) / s.length)}
+            | {f"{kind} step, MB": memory[kind] / 1e6 for kind in memory}
+        )
+        if s == c:
+            first = {name: found[name] for name in ("plain", "hybrid", "forgetting")}
+        if s.rows == c.rows and s.n_embd == c.n_embd:
+            for name, value in ({name: np.median(turns) for name, turns in whole.items()} | {f"memory, {kind}": memory[kind] for kind in memory}).items():
+                series.setdefault(name, []).append(value)
+    table("Training steps on the same real tokens, and rollouts", rows)
+    exponents = {name: exponent(lengths, values) for name, values in series.items()}
+    table(f"They grow with the {lengths[0]} to {lengths[-1]} columns of a stream to the power of", [exponents])
+    parts = []
+    for name, turns in first.items():
+        parts.append({"": name} | {part: spread([turn[part] for turn in turns], 1e3) for part in ("rollout", "passes", "losses", "optimiser")})
+        parts[-1] |= {"together": spread([sum(turn.values()) for turn in turns], 1e3)}
+    table(f"Parts of a step, ms ({c.rows} rows of {c.length} columns, width {c.n_embd})", parts)
+    return {"growth": rows, "exponents": exponents, "parts": parts}
+
+
+def peers(c: BenchConfig, device: str) -> dict:
+    """The same columns by other ways, each against ours in the same turn."""
+    model, batch, noise = make(c, device, c.thoughts), make_batch(c, device), torch.Generator(device).manual_seed(0)
+    start = torch.zeros(c.rows, c.length + 1, dtype=torch.long, device=device)
+    given, length = torch.ones_like(start[:, 0]), torch.full_like(start[:, 0], c.length + 1)
+    jobs = {
+        "rollout": lambda: rollout(model, batch.real, batch.length, batch.length, Thinking(hold=1.0), noise),
+        "rollout in parallel": lambda: parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
+        "rollout without a cache": lambda: without_cache(model, batch.real, c.length, noise),
+        "sampling": lambda: rollout(model, start, given, length, Thinking("never"), noise),
+        "sampling without a cache": lambda: sample_without_cache(model, c.length, c.rows, noise),
+        "sampling, GPT-2 of transformers": transformers_sampler(c, device, noise),
+    }
+    found = alternately({name: timed(job, device) for name, job in jobs.items() if job}, c.repeats)
+    rows = []
+    for name in jobs:
+        if name not in found:
+            rows.append({"": name, "columns/s": "transformers is not installed"})
+            continue
+        rows.append({"": name, "columns/s": float(c.rows * c.length / np.median(found[name]))})
+        rows[-1] |= {f"time / {ours}": ratio(found[name], found[ours]) for ours in ("sampling", "rollout", "rollout in parallel")}
+    table(f"Peers: {c.rows} rows of {c.length} columns, width {c.n_embd}, {c.n_layer} layers", rows)
+    return {"peers": rows}
+
+
+def trained(c: BenchConfig, device: str) -> dict:
+    """The two rollouts of a trained model, free and paid, on rows of its own data."""
+    model, vocabulary, state = load_model(c.run, device)
+    config = Config(**state["config"])
+    split = load_split(config.data, "val", vocabulary, config.block)
+    batch = split.first(c.rows, split.levels[-1]).to(device)
+    rows = []
+    for name, hold in (("free", config.hold), ("paid", None)):
+        noise, thinking, passes = torch.Generator(device).manual_seed(0), dataclasses.replace(as_trained(state, vocabulary), hold=hold), []
+        columns = rollout(model, batch.real, batch.length, batch.length, thinking, noise).stream.size(1)
+        jobs = {
+            "sequential": lambda: rollout(model, batch.real, batch.length, batch.length, thinking, noise),
+            "parallel": lambda: passes.append(parallel_rollout(model, batch.real, batch.length, thinking, noise)[1]),
+        }
+        found = alternately({way: timed(job, device) for way, job in jobs.items()}, c.repeats)
+        rows.append({"": name, "rows x columns": f"{c.rows} x {columns}"} | {f"{way}, ms": spread(found[way], 1e3) for way in jobs})
+        rows[-1] |= {"sequential / parallel": ratio(found["sequential"], found["parallel"]), "passes per column": float(np.median(passes) / columns)}
+    table(f"Rollouts of {c.run}", rows)
+    return {"trained": rows}
+
+
+def main(argv: list[str]) -> None:
+    c = load_config(argv, BenchConfig)
+    device = pick_device(c.device)
+    torch.set_num_threads(c.threads)
+    if c.peak:
+        return print_peak(c, device)
+    shape = "" if c.run else f", {c.n_layer} layers, {c.words} words, {c.thoughts} thoughts"
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads{shape}; medians of {c.repeats} turns")
+    found = trained(c, device) if c.run else growth(c, device) | peers(c, device)
+    print("\n" + json.dumps({"torch": torch.__version__, "device": device, "threads": torch.get_num_threads(), "config": dataclasses.asdict(c)} | found))
+
+
+if __name__ == "__main__":
+    run(main, "bench.py")

@@ -1,0 +1,142 @@
+"""The fast ways give what the slow ones give: the parallel rollout, and the choice between the two. Nothing here is timed."""
+
+import json
+
+import pytest
+import torch
+from test_train import same, small
+
+import bench
+from data.dataset import Batch, DataError
+from model import Thinking, parallel_rollout, rollout
+from train import Config, Trainer, hybrid_loss, rolls_in_parallel
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_parallel_rollout_is_the_sequential_one(tiny, seed):
+    """
+    480 cases, none alike: models, gates, noise, lengths, thoughts in a row, holds, ablations. In double precision: there a tie that rounding
+    could decide has never been seen; in single precision about one choice in a million is one.
+    """
+    draw = seeded(seed)
+    pick = lambda options: options[int(torch.randint(len(options), (1,), generator=draw))]  # noqa: E731
+    model = tiny(seed, observer=pick(["", "quarters"]), n_layer=pick([1, 2])).double()
+    with torch.no_grad():
+        model.gate.bias += pick([-2.0, 0.0, 2.0])
+    for case in range(12):
+        B, T = pick([1, 2, 7]), pick([1, 2, 9, 14])
+        real, length = torch.randint(5, (B, T), generator=draw), torch.randint(1, T + 1, (B,), generator=draw)
+        thinking = Thinking(
+            mode=pick(["policy", "policy", "policy", "swapped", "random", "constant", "never"]),
+            hold=pick([None, None, 0.0, 0.4, 1.0]),
+            explore=pick([0.0, 0.1]),
+            greedy=pick([False, False, True]),
+            max_run=pick([1, 2, 3]),
+            after=pick([None, torch.rand(5, generator=draw) < 0.6]),
+        )
+        slow = rollout(model, real, length, length, thinking, seeded(case))
+        fast, passes = parallel_rollout(model, real, length, thinking, seeded(case))
+        for name, a, b in zip(slow._fields, slow, fast):
+            assert torch.equal(a, b), f"{name} differs in case {case}: {thinking}"
+        assert passes <= slow.stream.size(1) + 1
+
+
+def test_it_settles_in_two_passes_if_thoughts_hang_on_nothing_and_one_by_one_if_each_hangs_on_the_last(tiny):
+    real, length = torch.randint(5, (4, 20), generator=seeded(0)), torch.full((4,), 20)
+    model = tiny()
+    with torch.no_grad():
+        model.head.weight[5:] = 0  # thoughts that are noise, and a gate that reads nothing
+        model.gate.weight.zero_()
+    assert parallel_rollout(model, real, length, Thinking(max_run=2), seeded(0))[1] <= 3
+    assert parallel_rollout(model, real, length, Thinking("constant", hold=1.0), seeded(0))[1] == 1, "known beforehand, and seen to be right"
+
+
+def test_what_a_parallel_rollout_cannot_do_is_refused(tiny, chains, tmp_path):
+    real, length = torch.zeros(1, 4, dtype=torch.long), torch.tensor([4])
+    with pytest.raises(ValueError, match="in view"):
+        parallel_rollout(tiny(), real, length, Thinking(window=3))
+    with pytest.raises(ValueError, match="dropout"):
+        parallel_rollout(tiny(dropout=0.1).train(), real, length, Thinking())
+    with pytest.raises(DataError, match="dropout"):
+        Trainer(small(chains, tmp_path, rollout="parallel", dropout=0.1))
+    with pytest.raises(DataError, match="'guessed'"):
+        Trainer(small(chains, tmp_path, rollout="guessed"))
+
+
+@pytest.mark.parametrize("changes", [{"max_run": 2}, {"thought_grad": "reinforce"}, {"n_think": 0}])
+def test_training_is_the_same_whichever_way_the_streams_are_found(chains, tmp_path, changes):
+    """Bit for bit: both find the same streams, and draw the same noise."""
+    states = []
+    for way in ("sequential", "parallel"):
+        trainer = Trainer(small(chains, tmp_path, rollout=way, curriculum=False, free=0.4, **changes))
+        logs = [trainer.train_step() for _ in range(12)]
+        states.append(trainer.state() | {"config": None})
+    assert trainer.paid or not trainer.config.n_think
+    assert same(*states)
+    assert all(0 <= log["passes_per_column"] <= 1.1 for log in logs)
+
+
+def test_auto_is_parallel_on_an_accelerator_and_for_few_rows(chains, tmp_path):
+    config = small(chains, tmp_path)
+    assert rolls_in_parallel(config, "cuda", 512) and rolls_in_parallel(config, "cpu", 12) and not rolls_in_parallel(config, "cpu", 128)
+    config.dropout = 0.1
+    assert not rolls_in_parallel(config, "cuda", 512)
+    config.rollout, config.dropout = "sequential", 0.0
+    assert not rolls_in_parallel(config, "cuda", 512)
+
+
+@pytest.mark.parametrize("thought_grad", ["echo", "reinforce"])
+@pytest.mark.parametrize("paid", [False, True])
+def test_with_nothing_forgotten_the_second_pass_is_saved_and_every_gradient_is_the_same(tiny, paid, thought_grad):
+    """The slow twin forgets with a probability that is never met, and runs its second pass."""
+    real = torch.randint(5, (8, 9), generator=seeded(0)).repeat_interleave(4, 0)
+    length = torch.full((32,), 9)
+    found = []
+    for forget in (0.0, 1e-30):
+        model = tiny(4, observer="quarters").double().train()
+        roll = rollout(model, real, length, length, Thinking(), seeded(0))
+        batch = Batch(real, length, length // 2, torch.ones_like(length))
+        config = Config(n_think=3, thought_grad=thought_grad, observer="quarters", forget=forget, forget_paid=forget, echo_scale=2.0)
+        passes = []
+        model.norm.register_forward_hook(lambda *_: passes.append(1))
+        loss, log = hybrid_loss(model, roll, batch, config, paid, seeded(0))
+        loss.backward()
+        assert len(passes) == (1 if forget == 0 else 2)
+        found.append((loss.detach(), [p.grad for p in model.parameters()], log["loss_forgotten"]))
+    torch.testing.assert_close(*found)
+
+
+# ----------------------------------------------------------------------------------------------
+# the bench
+
+
+def test_the_bench_prints_its_tables_and_one_line_of_json(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "peak_memory", lambda c, device, kind: 1000 * c.length)  # each a process of its own, else
+    bench.main("--n_layer=1 --n_head=2 --n_embd=16 --words=5 --thoughts=3 --length=16 --lengths=8,16 --repeats=2 --device=cpu".split())
+    printed = capsys.readouterr().out
+    for title in ("Training steps on the same real tokens", "to the power of", "Parts of a step", "Peers"):
+        assert title in printed
+    found = json.loads(printed.splitlines()[-1])
+    assert [row["columns"] for row in found["growth"]] == [8, 16, 16, 16, 16, 16]
+    assert found["exponents"]["memory, plain"] == 1.0
+    for row in found["parts"]:
+        assert row["together"][1] == pytest.approx(sum(row[part][1] for part in ("rollout", "passes", "losses", "optimiser")), rel=0.01), "the parts add up"
+
+
+def test_a_power_law_is_found():
+    assert bench.exponent([64, 128, 256], [3.0, 12.0, 48.0]) == 2.0
+    assert bench.cell(bench.spread([0.003, 0.001, 0.002], 1e3)) == "2.00 (1.00-3.00)"
+
+
+def test_the_peer_without_a_cache_walks_the_same_columns(tiny):
+    """It differs from our rollout in nothing but the cache: the same thoughts, once each draws with the noise the other drew."""
+    model, columns = tiny(2), 13
+    real, length = torch.randint(5, (3, 7), generator=seeded(0)), torch.full((3,), 7)
+    thinking = Thinking(hold=1.0, greedy=True)
+    roll = rollout(model, real, length, length, thinking)
+    stream = bench.without_cache(model, real, columns, None, choose=lambda logits, _: logits.argmax(dim=-1))
+    assert torch.equal(stream[:, :12], roll.stream) and torch.equal(stream[:, 12], real[:, 6])
