@@ -13,6 +13,7 @@ the gate, and a linear probe of the last layer (ridge regression on training row
   blind    accuracy, or nats a token, and thoughts with the head's output zeroed or swapped with another row's, for all or for the gate alone
   steered  the same when the gate is not asked: a thought wherever the observer expects more of it than a price, for several prices
   variance of the gate's policy gradient with each baseline, as a share of that with none; one frozen model, the same rollouts
+  cost     parameters, and seconds of a forward and backward pass, as ratios to the same model without the head (median of alternating passes)
   notes    what the first note foretold: does confusion go with divergence in the middle layers, does sudden convergence announce a right token, and does
            the observer look elsewhere than its neighbours?
 """
@@ -20,6 +21,8 @@ the gate, and a linear probe of the last layer (ridge regression on training row
 import dataclasses
 import json
 import math
+import statistics
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,6 +264,19 @@ def variance(model: GPT, rows: Rows | Text, thinking: Thinking, config: Config, 
     return {name: value / spread["none"] for name, value in spread.items()}
 
 
+def cost(model: GPT, rows: Rows | Text, config: Config, passes: int = 30) -> dict:
+    batch = rows.draw(config.batch_tokens // rows.longest(rows.levels[-1]), rows.levels, torch.Generator().manual_seed(4))
+    pair = [GPT(dataclasses.replace(model.config, observer=observer)) for observer in (model.config.observer, "")]
+    seconds = [[], []]
+    for _ in range(passes):
+        for one, spent in zip(pair, seconds):
+            start = time.perf_counter()
+            sum(part.sum() for part in one(batch.real)).backward()
+            spent.append(time.perf_counter() - start)
+    size, median = ([f(x) for x in y] for f, y in ((lambda m: sum(p.numel() for p in m.parameters()), pair), (statistics.median, seconds)))
+    return {"parameters": size[0] / size[1], "seconds": median[0] / median[1]}
+
+
 def far_apart(model: GPT, stream: Tensor) -> tuple[float, float]:
     """
     Total variation, 0 to 1, between what two heads of the last block look at, mean over columns: from the observer to the head most like it, and from
@@ -314,6 +330,7 @@ def calibrate(config: CalibrationConfig) -> dict:
     if isinstance(train_rows, Rows):
         result["wrong"] = wrong(model, splits, thinking, probe, config.rows)
     result["loss"] = loss_ranks(model, splits, thinking, probe, config.rows)
+    result["cost"] = cost(model, train_rows, trained)
     result["notes"] = notes(model, splits[0], thinking, config.rows // 5)
     result["blind"] = blind(model, splits[0], thinking, config.rows // 5)
     if trained.n_think and state["progress"]["paid"]:

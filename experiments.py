@@ -95,14 +95,25 @@ def shakespeare() -> dict:
     }
 
 
+def observer_text() -> dict:
+    """The observer head on a text: a plain model, three seeds, and thoughts added to it."""
+    options = ["--observer=quarters", "--report=true"]
+    thinking = ["config/shakespeare.toml", "--steps=800", "--free=0.5", "--explore=0.05"]
+    return {
+        "plain": {f"plain_{s}": ["config/shakespeare_plain.toml", *options, f"--seed={s}"] for s in SEEDS[:3]},
+        "plain, 800 steps more": {"longer_1": ["config/shakespeare_plain.toml", *options, "--steps=800", "--init_from=out/observer_text/plain_1", "--seed=1"]},
+        "thoughts added, 800 steps": {"thinking_1": [*thinking, *options, "--init_from=out/observer_text/plain_1", "--plain=out/observer_text/longer_1", "--seed=1"]},
+    }
+
+
 def observer() -> dict:
-    """The observer head on chains, five seeds, with one and without."""
+    """The observer head on chains, two layers: with one, five seeds, and without, three."""
     kinds = {"observer, 2 layers": [], "no observer, 2 layers": ["--observer="]}
     base = ["config/observer.toml", "--report=false"]
-    return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS} for i, (row, options) in enumerate(kinds.items())}
+    return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[: 5 if i == 0 else 3]} for i, (row, options) in enumerate(kinds.items())}
 
 
-SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer)}
+SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer, observer_text)}
 DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py; other folders have a prepare.py of their own
     "characters": ["--tokens=characters"],
     "characters_digits": ["--tokens=characters", "--think_after=0123456789"],
@@ -170,7 +181,7 @@ def measure(folder: Path) -> dict[str, float | None]:
 
 
 def measure_observer(found: dict) -> dict[str, float]:
-    numbers = {f"{part}, {name}": value for part in ("loss", "pays", "variance", "notes") for name, value in found.get(part, {}).items()}
+    numbers = {f"{part}, {name}": value for part in ("loss", "pays", "variance", "notes", "cost") for name, value in found.get(part, {}).items()}
     for name in ("accuracy", "observer", "probe", "largest probability", "entropy"):
         if levels := found.get("wrong"):
             numbers[f"wrong, {name}"] = sum(level[name] for level in levels.values()) / len(levels)
@@ -210,6 +221,16 @@ def measure_text(report: dict, policy: dict, folder: Path) -> dict[str, float | 
 
 
 LEARNING = ["95% at 1 to 4, seconds", "seconds"]
+OBSERVER = [
+    ["wrong, accuracy", *(f"wrong, {name}" for name in ("observer", "probe", "largest probability", "entropy"))],
+    ["pays, share", *(f"pays, {name}" for name in ("worth", "observer", "entropy", "largest probability", "gate"))],
+    [f"loss, {name}" for name in ("observer", "probe", "entropy", "largest probability")],
+    [f"notes, {what} and {name}" for what in ("loss", "coming") for name in ("change", "attention", "lens", "slope")],
+    [f"notes, {name}" for name in ("right, drop", "right, certain", "observer apart", "others apart", "observer entropy", "others entropy")],
+    [*(f"variance, {name}" for name in ("leave_one_out", "observer", "both")), "cost, parameters", "cost, seconds"],
+    [f"blind {what}, {n}" for what in ("nothing", "zeroed", "swapped", "zeroed, for the gate", "swapped, for the gate") for n in ("score", "thoughts")],
+    [f"steered {price}, {n}" for price in (-10.0, 0.0, 0.05, 0.1, 0.2, 0.5) for n in ("score", "thoughts")],
+]
 COLUMNS = {  # the tables of each set
     "seeds": [
         ["worst trained length", "8", "12", "128", "128, window 8", "128, window 16", "1024, window 8", *LEARNING],
@@ -222,16 +243,8 @@ COLUMNS = {  # the tables of each set
         ["nats", "less than plain", "never", "random", "constant", "swapped", "scattered", "thoughts a token", "seconds"],
         ["gap, nats", "closed by note", "closed by note, goes on thinking", "closed by note swapped with another window's", "closed by note random", "closed by note constant", "bits it can carry", "entropy, bits", "saved behind, bits"],
     ],
-    "observer": [
-        ["wrong, accuracy", *(f"wrong, {name}" for name in ("observer", "probe", "largest probability", "entropy"))],
-        ["pays, share", *(f"pays, {name}" for name in ("worth", "observer", "entropy", "largest probability", "gate"))],
-        [f"loss, {name}" for name in ("observer", "probe", "entropy", "largest probability")],
-        [f"notes, {what} and {name}" for what in ("loss", "coming") for name in ("change", "attention", "lens", "slope")],
-        [f"notes, {name}" for name in ("right, drop", "right, certain", "observer apart", "others apart", "observer entropy", "others entropy")],
-        [f"variance, {name}" for name in ("leave_one_out", "observer", "both")],
-        [f"blind {what}, {n}" for what in ("nothing", "zeroed", "swapped", "zeroed, for the gate", "swapped, for the gate") for n in ("score", "thoughts")],
-        [f"steered {price}, {n}" for price in (-10.0, 0.0, 0.05, 0.1, 0.2, 0.5) for n in ("score", "thoughts")],
-    ],
+    "observer": OBSERVER,
+    "observer_text": [["nats", "less than plain", "never", "random", "scattered", "thoughts a token", "seconds"], *OBSERVER],
     "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
 }
 

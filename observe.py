@@ -1,8 +1,8 @@
 """
 Look inside a trained model while it answers or reads: trace.json, trace.png and trace.html, a page for any browser.
 
-  python observe.py --run=out/observed "3+4*2=" "1*3*3+4="      it answers, as in sample.py
-  python observe.py --run=out/observed --teach "3+4*2=4"        it reads what is given, to the end, and thinks where it would
+  python observe.py --run=out/observer "3+4*2=" "1*3*3+4="      it answers, as in sample.py
+  python observe.py --run=out/observer --teach "3+4*2=4"        it reads what is given, to the end, and thinks where it would
   python observe.py --run=out/shakespeare --input=scene.txt     reads a file: a text as one, rows line by line
 
 A trace holds, for every column: the token and what came next; the loss of that, real and as the observer saw it coming; the gate; the

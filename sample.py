@@ -6,7 +6,7 @@ Let a trained model answer prompts. What it thinks stays silent, unless you ask.
   python sample.py --show_thoughts "3+4*2="             thoughts dimmed, in brackets, numbered 0 .. K-1
   python sample.py --greedy=false --samples=5 "3+4="    several draws of each prompt, in one batch
   python sample.py --run=out/shakespeare --greedy=false --top_k=20 --max_new_tokens=1000 "ROMEO:"
-  python sample.py --run=out/observed --introspect "3+4*2="     one line of the observer's about each answer
+  python sample.py --run=out/observer --introspect "3+4*2="     one line of the observer's about each answer
 
 The same seed gives the same text. A single sample is printed while it is made. A text may be of any length: the model sees a window that
 slides, by default as many columns as it was trained on, in constant memory.
