@@ -34,9 +34,9 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_think": 0}, {"thought_grad": "reinforce", "dropout": 0.1}])
+@pytest.mark.parametrize("changes", [{"observer": "quarters", "baseline": "both", "explore": 0.1}, {"n_think": 0}, {"thought_grad": "reinforce", "dropout": 0.1}])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(chains, tmp_path, changes):
-    config = small(chains, tmp_path, free=0.4, split_every=3, **changes)  # the cut at step 6 lies in the free phase, the end in the paid one
+    config = small(chains, tmp_path, free=0.4, mastered=9.0, split_every=3, **changes)  # the cut at step 6 lies in the free phase, the end in the paid one
     whole = Trainer(config)
     for _ in range(14):
         whole.train_step()
@@ -50,6 +50,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(chains, tmp_path,
     for _ in range(8):
         second.train_step()
     assert same(second.state(), whole.state())
+    assert whole.paid == (config.n_think > 0) and not first.paid
 
 
 def test_a_checkpoint_write_killed_midway_leaves_the_old_one_readable(tmp_path, monkeypatch):
