@@ -9,6 +9,7 @@ the gate, and a linear probe of the last layer (ridge regression on training row
 
   wrong    will this answer be wrong? Area under the ROC curve at lengths of 50% to 95% right answers
   pays     will a thought here pay for itself? Known by doing both: two rollouts that differ in one decision. Area under the ROC curve
+  places   what a thought is worth behind the first token of a prompt, in its middle, behind the last but one and behind the last
   loss     predicted against real loss of the next token, Spearman's rank correlation
   blind    accuracy, or nats a token, and thoughts with the head's output zeroed or swapped with another row's, for all or for the gate alone
   steered  the same when the gate is not asked: a thought wherever the observer expects more of it than a price, for several prices
@@ -30,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.dataset import Rows, Text, load_split
+from data.dataset import Batch, Rows, Text, load_split
 from model import GPT, Rollout, Thinking, rollout
 from observe import look
 from train import (
@@ -140,33 +141,49 @@ def decided(model: GPT, column: Tensor, thinks: bool):
         hook.remove()
 
 
+def worth(model: GPT, batch: Batch, roll: Rollout, column: Tensor, thinking: Thinking, config: Config) -> Tensor:
+    """
+    Two greedy rollouts of each row that differ in one decision, at `column` (B,) of `roll`: what the tokens from there on cost without that
+    thought less what they cost with it (weighted as in training, over `horizon` tokens) -> (B,), nats.
+    """
+    place, cost = roll.pointer.gather(1, column[:, None]), []  # (B, 1) the next real token there
+    weight = torch.where(torch.arange(1, batch.real.size(1)) >= batch.prompt[:, None], 1.0, config.prompt_weight)
+    later = torch.arange(1, batch.real.size(1)) - place  # (B, T - 1)
+    counted = (later >= 0) & ((later < config.horizon) | (config.horizon == 0))
+    for thinks in (False, True):
+        with decided(model, column, thinks):
+            other = rollout(model, batch.real, batch.length, batch.length, thinking, torch.Generator().manual_seed(2))
+        cost.append((token_loss(model, other) * weight * counted).sum(dim=1))
+    return cost[0] - cost[1]
+
+
 def pays(model: GPT, split: Rows | Text, thinking: Thinking, config: Config, rows: int) -> dict:
-    """
-    Two greedy rollouts of each row that differ in one decision, at one column drawn from those where the gate was asked. What the later tokens cost
-    without that thought less what they cost with it (weighted as in training, over `horizon` tokens) is its worth; it pays if that is above the price.
-    """
+    """The worth of a thought at one column of each row, drawn from those where the gate was asked; it pays if that is above the price."""
     generator, worths, found_all = torch.Generator().manual_seed(1), [], []
     for level in split.levels:
         batch = split.first(rows if isinstance(split, Text) else rows // 2, level)
         roll = rollout(model, batch.real, batch.length, batch.length, thinking, generator)
         column = torch.where(roll.decides, torch.rand(roll.decides.shape, generator=generator), -1).argmax(dim=1)
-        place = roll.pointer.gather(1, column[:, None])  # (B, 1) the next real token there
-        cost = {}
-        for thinks in (False, True):
-            with decided(model, column, thinks):
-                other = rollout(model, batch.real, batch.length, batch.length, thinking, torch.Generator().manual_seed(2))
-            weight = torch.where(torch.arange(1, batch.real.size(1)) >= batch.prompt[:, None], 1.0, config.prompt_weight)
-            later = torch.arange(1, batch.real.size(1)) - place  # (B, T - 1)
-            counted = (later >= 0) & ((later < config.horizon) | (config.horizon == 0))
-            cost[thinks] = (token_loss(model, other) * weight * counted).sum(dim=1)
-        worths.append(cost[False] - cost[True])
+        worths.append(worth(model, batch, roll, column, thinking, config))
         found_all.append({name: sign.gather(1, column[:, None])[:, 0] for name, sign in signs(model, roll)[0].items()})
-    worth = torch.cat(worths)
+    known = torch.cat(worths)
     found = {name: torch.cat([f[name] for f in found_all]) for name in found_all[0]}
-    names = ("worth", "observer", "entropy", "largest probability", "gate")
-    event = worth > config.think_cost
-    areas = {name: auroc(found[name], event) for name in names}
-    return {"share": event.float().mean().item(), "columns": len(worth)} | areas | {"correlation": spearman(found["worth"], worth)}
+    event = known > config.think_cost
+    areas = {name: auroc(found[name], event) for name in ("worth", "observer", "entropy", "largest probability", "gate")}
+    return {"share": event.float().mean().item(), "columns": len(known)} | areas | {"correlation": spearman(found["worth"], known)}
+
+
+def places(model: GPT, split: Rows, thinking: Thinking, config: Config, rows: int) -> dict:
+    """{level: {behind which token of the prompt: mean worth of one thought there, nats, all other decisions left to the gate}}."""
+    result = {}
+    for level in split.levels:
+        batch = split.first(rows, level)
+        roll = rollout(model, batch.real, batch.length, batch.length, thinking, torch.Generator().manual_seed(0))
+        result[level] = {}
+        for name, place in (("first", 0 * batch.prompt), ("middle", batch.prompt // 2 - 1), ("last but one", batch.prompt - 2), ("last", batch.prompt - 1)):
+            column = ((roll.pointer - 1 == place[:, None]) & roll.holds_real & roll.valid).int().argmax(dim=1)
+            result[level][name] = worth(model, batch, roll, column, thinking, config).mean().item()
+    return result
 
 
 def loss_ranks(model: GPT, splits: list, thinking: Thinking, probe: Tensor, rows: int) -> dict:
@@ -318,12 +335,14 @@ def notes(model: GPT, split: Rows | Text, thinking: Thinking, rows: int) -> dict
 
 
 def calibrate(config: CalibrationConfig) -> dict:
-    """All of it for a model with an observer; of one without only `blind` with nothing taken away, to stand beside it."""
+    """All of it for a model with an observer; of one without only `places`, and `blind` with nothing taken away, to stand beside it."""
     model, vocabulary, state = load_model(config.run)
     trained = Config(**state["config"])
     train_rows, *splits = (load_split(trained.data, name, vocabulary, trained.block) for name in ("train", "val", "test") if Path(trained.data, f"{name}.bin").exists())
     thinking = dataclasses.replace(as_trained(state, vocabulary), greedy=True)
     result = {"task": state["meta"]["task"], "seed": trained.seed, "steps": state["progress"]["step"], "params": sum(p.numel() for p in model.parameters())}
+    if trained.n_think and isinstance(train_rows, Rows):
+        result["places"] = places(model, splits[0], thinking, trained, config.rows // 5)
     if not trained.observer:
         return result | {"blind": {"nothing": scores(model, splits[0], thinking, config.rows // 5)}}
     probe = fit_probe(model, train_rows, thinking, torch.Generator().manual_seed(0))

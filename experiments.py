@@ -185,6 +185,7 @@ def measure_observer(found: dict) -> dict[str, float]:
     for name in ("accuracy", "observer", "probe", "largest probability", "entropy"):
         if levels := found.get("wrong"):
             numbers[f"wrong, {name}"] = sum(level[name] for level in levels.values()) / len(levels)
+    numbers |= {f"{place} of {level}": worth for level, line in found.get("places", {}).items() for place, worth in line.items()}
     for part in ("blind", "steered"):
         for name, line in found.get(part, {}).items():
             numbers |= {f"{part} {name}, {what}": line[what] for what in ("score", "thoughts")}
@@ -224,6 +225,7 @@ LEARNING = ["95% at 1 to 4, seconds", "seconds"]
 OBSERVER = [
     ["wrong, accuracy", *(f"wrong, {name}" for name in ("observer", "probe", "largest probability", "entropy"))],
     ["pays, share", *(f"pays, {name}" for name in ("worth", "observer", "entropy", "largest probability", "gate"))],
+    [f"{place} of {n}" for n in (1, 2, 4, 8) for place in ("first", "middle", "last but one", "last")],
     [f"loss, {name}" for name in ("observer", "probe", "entropy", "largest probability")],
     [f"notes, {what} and {name}" for what in ("loss", "coming") for name in ("change", "attention", "lens", "slope")],
     [f"notes, {name}" for name in ("right, drop", "right, certain", "observer apart", "others apart", "observer entropy", "others entropy")],
