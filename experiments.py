@@ -38,7 +38,7 @@ def seeds() -> dict:
 
 
 def ablations() -> dict:
-    """One thing changed at a time: what thoughts learn while they are free, one layer, 800 steps, one seed."""
+    """One thing changed at a time: what thoughts learn while they are free, one layer, 800 steps, five seeds, three of the last five rows."""
     changes = {
         "default": [],
         "thoughts learned by REINFORCE": ["--thought_grad=reinforce"],
@@ -51,13 +51,13 @@ def ablations() -> dict:
         "one token a character, thoughts after digits only": ["--data=out/data/characters_digits"],
     }
     base = [*CHAIN, "--n_layer=1", "--steps=800", "--free=1"]
-    return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[:1]} for i, (row, options) in enumerate(changes.items())}
+    return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[: 5 if i < 4 else 3]} for i, (row, options) in enumerate(changes.items())}
 
 
 def prices() -> dict:
-    """The think cost, one layer, two seeds."""
+    """The think cost, one layer, three seeds."""
     return {
-        f"price {price}": {f"{price}_{s}": [*CHAIN, "--n_layer=1", f"--think_cost={price}", f"--seed={s}"] for s in SEEDS[:2]}
+        f"price {price}": {f"{price}_{s}": [*CHAIN, "--n_layer=1", f"--think_cost={price}", f"--seed={s}"] for s in SEEDS[:3]}
         for price in (0.0, 0.05, 0.5, 0.7, 1.0)
     }
 
@@ -68,19 +68,21 @@ def moduli() -> dict:
 
 
 def addition() -> dict:
-    """Plain multi-digit addition, forwards and reversed: thoughts against plain, two layers, one seed."""
+    """Plain multi-digit addition to five digits, and the control: reversed, to three, which needs no thoughts. Two layers, one seed."""
+    forwards, backwards = ["config/addition.toml", "--data=out/data/addition_forwards"], ["--data=out/data/addition_reversed", "--steps=3000"]
+    thinking = ["config/addition.toml", *backwards, "--think_cost=0.1"]
     rows = {
-        "plain": ["--n_think=0"],
-        "thinking, half of the rows forget": [],
-        "reversed, plain": ["--n_think=0", "--data=out/data/addition_reversed"],
-        "reversed, thinking, half of the rows forget": ["--data=out/data/addition_reversed"],
+        "plain": [*forwards, "--n_think=0"],
+        "thinking, half of the rows forget": forwards,
+        "reversed, plain": ["config/plain.toml", *backwards, "--curriculum=true", "--report=true"],
+        "reversed, thinking first free, then paid": [*thinking, "--explore=0.05"],
+        "reversed, thinking paid from the start": [*thinking, "--curriculum=false", "--free=0", "--gate_init=0.5", "--rollouts=2"],
     }
-    base = ["config/addition.toml", "--data=out/data/addition_forwards"]
-    return {row: {str(i): [*base, *options, "--seed=1"]} for i, (row, options) in enumerate(rows.items())}
+    return {row: {str(i): [*options, "--seed=1"]} for i, (row, options) in enumerate(rows.items())}
 
 
 def shakespeare() -> dict:
-    """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds, two for thinking, else one."""
+    """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds or one."""
     beside = {s: f"--plain=out/shakespeare/plain_{s}" for s in SEEDS[:3]}
     notes = {s: ["config/shakespeare_notes.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]}
     dear = ["--think_cost=0.1", "--free=0.5", "--gate_init=0.9", "--gate_lr=0.01", "--sharp=4"]
@@ -88,7 +90,7 @@ def shakespeare() -> dict:
     return {  # in this order, since some begin with the weights of others
         "plain": {f"plain_{s}": ["config/shakespeare_plain.toml", f"--seed={s}", "--report=true"] for s in SEEDS[:3]},
         "notes": {f"notes_{s}": [*options, f"--init_from=out/shakespeare/plain_{s}"] for s, options in notes.items()},
-        "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:2]},
+        "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]},
         "thinking, price 0.1": {"dear_1": ["config/shakespeare.toml", *dear, "--seed=1", beside[1]]},
         "plain, 6,000 steps": {"long_1": ["config/shakespeare_plain.toml", "--steps=6000", "--seed=1", "--report=true"]},
         "notes, 1,000 steps more": {f"more_{s}": [*options, *more, f"--init_from=out/shakespeare/notes_{s}"] for s, options in notes.items()},
@@ -120,7 +122,7 @@ DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py; othe
     "mod7": ["--modulus=7"],
     "mod10": ["--modulus=10"],
     "addition_forwards": ["--task=addition"],
-    "addition_reversed": ["--task=addition", "--reversed"],
+    "addition_reversed": ["--task=addition", "--reversed", "--digits=3"],
 }
 
 
@@ -286,6 +288,37 @@ def draw_frontier(folders: dict[str, list[Path]], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_observer(folders: dict[str, list[Path]], path: Path) -> None:
+    """Left: answers right (or nats) against thoughts, by the gate and steered by the observer at several prices. Right: what the first note foretold."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (a, b) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", width_ratios=(1, 1.3))
+    found = {row: [json.loads((f / "calibration.json").read_text()) for f in some if (f / "calibration.json").exists()] for row, some in folders.items()}
+    for i, (row, some) in enumerate(found.items()):
+        for j, one in enumerate(some):
+            if steered := one.get("steered"):
+                line = [steered[price] for price in steered]
+                a.plot([x["thoughts"] for x in line], [x["score"] for x in line], ".-", color=f"C{i}", lw=0.8, label=None if j else f"{row}: steered")
+            gate = one["blind"]["nothing"]
+            a.plot(gate["thoughts"], gate["score"], "*", ms=11, color=f"C{i}", mec="black", label=None if j else f"{row}: its gate")
+    a.set(xlabel="thoughts a row", ylabel="answers right" if "wrong" in some[0] or "places" in some[0] else "nats a token", title="steered by the observer, price by price")
+    a.legend(fontsize=7)
+    pairs = [f"{what} and {name}" for what in ("loss", "coming") for name in ("change", "attention", "lens", "slope")]
+    for i, (row, some) in enumerate(found.items()):
+        values = [[one["notes"][pair] for pair in pairs] for one in some if "notes" in one]
+        for j, one in enumerate(values):
+            b.plot(one, range(len(pairs)), "o", color=f"C{i}", alpha=0.6, label=None if j else row)
+    b.axvline(0, color="0.5", lw=0.8)
+    b.set_yticks(range(len(pairs)), pairs)
+    b.set(xlim=(-1, 1), xlabel="rank correlation, one dot a seed", title="confusion and the middle layers")
+    b.legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def main(argv: list[str]) -> None:
     config = load_config([a for a in argv if a.startswith("--")], ExperimentConfig)
     names = [a for a in argv if not a.startswith("--")]
@@ -303,6 +336,8 @@ def main(argv: list[str]) -> None:
             table(folders, columns)
         if name == "prices":
             draw_frontier(folders, Path("out") / name / "frontier.png")
+        if name.startswith("observer"):
+            draw_observer(folders, Path("out") / name / "observer.png")
 
 
 if __name__ == "__main__":
