@@ -249,7 +249,7 @@ COLUMNS = {  # the tables of each set
     ],
     "observer": OBSERVER,
     "observer_text": [["nats", "less than plain", "never", "random", "scattered", "thoughts a token", "seconds"], *OBSERVER],
-    "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
+    "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "3, constant", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
 }
 
 
