@@ -97,7 +97,6 @@ class Config:
     explore: float = 0.0  # in the paid phase, probability at which the gate does the one thing, and the other, whatever it says
     baseline: str = "leave_one_out"  # of the gate's policy gradient: leave_one_out | observer | both
     observer_weight: float = 1.0  # weight of the observer's error in what it reads off
-    observer_alone: bool = False  # nothing else is learned: a second stage, for a trained model (init_from, free = 0, curriculum = false)
     rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
     rollout: str = "auto"  # sequential | parallel, one and the same rollout found in two ways | auto: parallel on a GPU, or where rows are few
     # habits
@@ -358,8 +357,7 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
     if config.observer:
         worth, known = worth_of_thinking(cost, roll, config.rollouts if paid else 1, config.horizon)
         error = observer_loss(full.readings, (loss_full, worth, -returns), (roll.valid, known, roll.valid))
-        loss = error if config.observer_alone else loss + config.observer_weight * error
-        log["observer"] = error.item()
+        loss, log["observer"] = loss + config.observer_weight * error, error.item()
     if model.config.n_think and config.thought_grad == "reinforce":  # what to think, without the echo
         returns = return_to_go(loss_kept.detach() * weight, roll, 0.0, config.horizon)
         action = thought_log_probability(full.thoughts, roll, model.config.vocab_size)

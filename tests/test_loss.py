@@ -300,16 +300,6 @@ def test_the_baselines_by_hand():
     assert of("leave_one_out", rollouts=1) == returns.tolist(), "a single one: what speaking at once would cost"
 
 
-def test_alone_the_observer_learns_and_nothing_else_moves(tiny):
-    model = tiny(observer="quarters").train()
-    real = torch.randint(5, (8, 6), generator=torch.Generator().manual_seed(0))
-    roll = rollout(model, real, torch.full((8,), 6), torch.full((8,), 6), Thinking(), torch.Generator().manual_seed(1))
-    loss, _ = hybrid_loss(model, roll, batch_of(roll, 4), Config(observer="quarters", observer_alone=True, n_think=3), True, torch.Generator().manual_seed(2))
-    loss.backward()
-    moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert moved and all(".observer." in name for name in moved)
-
-
 def test_an_exploring_gate_says_the_probability_of_what_it_did():
     gate = torch.tensor([-200.0, -1.0, 3.0])
     for explore in (0.0, 0.1):
