@@ -259,7 +259,7 @@ def table(folders: dict[str, list[Path]], columns: list[str]) -> None:
     for row, runs in folders.items():
         done = [numbers for f in runs if (numbers := measure(f))]
         known = [[x for numbers in done if (x := numbers.get(c)) is not None] for c in columns]
-        digits = [0 if "seconds" in c else 1 if "thoughts at" in c or "bits" in c else 3 for c in columns]
+        digits = [0 if "seconds" in c and "cost" not in c else 1 if "thoughts at" in c or "bits" in c else 3 for c in columns]
         cells = [spread(x, d) + (f" [{len(x)} of {len(done)}]" if 0 < len(x) < len(done) else "") for x, d in zip(known, digits)]
         print(f"| {row} | {len(done)} | " + " | ".join(cells) + " |")
 
