@@ -99,7 +99,7 @@ def shakespeare() -> dict:
 
 def observer_text() -> dict:
     """The observer head on a text: a plain model, three seeds, and thoughts added to it."""
-    options = ["--observer=quarters", "--report=true"]
+    options = ["--observer=quarters", "--horizon=1", "--report=true"]
     thinking = ["config/shakespeare.toml", "--steps=800", "--free=0.5", "--explore=0.05"]
     return {
         "plain": {f"plain_{s}": ["config/shakespeare_plain.toml", *options, f"--seed={s}"] for s in SEEDS[:3]},
