@@ -170,6 +170,7 @@ def join(device: str) -> None:
             raise DataError(f"{os.environ['LOCAL_WORLD_SIZE']} processes need as many GPUs, and here are {torch.cuda.device_count()}; or --device=cpu")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    dist.all_reduce(torch.zeros(1, device=device))  # processes that cannot talk say why here; later it means that one is gone
 
 
 def total(x: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ def total(x: Tensor) -> Tensor:
     try:
         dist.all_reduce(everyone)
     except RuntimeError as error:
-        raise ConnectionError(str(error)) from None
+        raise ConnectionError("another process is gone or out of reach") from error
     return everyone + (x - x.detach())
 
 
@@ -747,13 +748,6 @@ def prepare_out(trainer: Trainer) -> None:
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
-def last_saved(folder: str) -> str:
-    try:
-        return f"the checkpoint in {folder} is of step {load_checkpoint(folder)['progress']['step']}"
-    except DataError:
-        return f"nothing was saved yet in {folder}"
-
-
 def main(argv: list[str]) -> None:
     config = load_config(argv)
     if WORLD > 1:
@@ -767,8 +761,12 @@ def main(argv: list[str]) -> None:
     go_on = f"go on with: {f'torchrun --nproc_per_node={WORLD}' if WORLD > 1 else 'python'} train.py {' '.join(argv)} --resume=true"
     try:
         finished = train(trainer)
-    except ConnectionError:
-        sys.exit(f"another process is gone, at step {trainer.step}; {last_saved(config.out)}; {go_on}")
+    except ConnectionError as error:
+        try:
+            rest = f"the checkpoint in {config.out} is of step {load_checkpoint(config.out)['progress']['step']}; {go_on}"
+        except DataError:
+            rest = f"nothing was saved yet, save_every = {config.save_every}"
+        sys.exit(f"{error}, at step {trainer.step}; {rest}")
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK:
