@@ -366,7 +366,7 @@ def draw_noise(model: GPT, B: int, places: int, thinking: Thinking, generator=No
 
 
 @torch.no_grad()
-def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: Thinking, generator=None, stop: int = -1, watch=None) -> Rollout:
+def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: Thinking, generator=None, stop: int = -1, watch=None, noise=None) -> Rollout:
     """
     Walk all rows from left to right, one column a step. Each row has its own pointer to its next real token.
     At every column the gate is sampled: either a thought is appended, or the next real token is. The first
@@ -375,6 +375,7 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
 
     real: (B, T) ids, T >= length. generator: the source of all chance in here, so that evaluation never draws from training's.
     watch: called with every new column's token ids (B,), thoughts included, as soon as they are chosen.
+    noise: of rows that are given to their end, if it is drawn already: then the generator is not asked.
     Where all is given, nothing in the loop waits for the device but a look, every eight columns, whether it is done.
     """
     B, V = len(real), model.config.vocab_size
@@ -385,7 +386,8 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
         return without_thoughts(real, length)
     columns, speaks_from = max(1, (int(length.max()) - 1) * (1 + runs)), int(given.min())  # at most; a row's last token is said, not fed
     cache = KVCache(model.config, B, columns, thinking.window, device, model.embedding.weight.dtype)
-    noise = draw_noise(model, B, real.size(1) * runs, thinking, generator) if forced and runs else None
+    if forced and runs and noise is None:
+        noise = draw_noise(model, B, real.size(1) * runs, thinking, generator)
     may_follow = None if thinking.after is None else F.pad(thinking.after.to(device), (0, model.config.n_think), value=True)  # (V + K,)
     real, length = F.pad(real, (0, 1)), length.clone()  # (B, T + 1): a row that is done still has something to point at
     token, pointer, run = real[:, 0], torch.ones(B, dtype=torch.long, device=device), torch.zeros(B, dtype=torch.long, device=device)
@@ -422,7 +424,7 @@ def rollout(model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: T
 
 
 @torch.no_grad()
-def parallel_rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, generator=None) -> tuple[Rollout, int]:
+def parallel_rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, generator=None, noise=None) -> tuple[Rollout, int]:
     """
     The rollout of rows that are given to their end, as `rollout` makes it of the same noise, by guessing -> the rollout, passes through the model.
 
@@ -437,7 +439,7 @@ def parallel_rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinkin
         return without_thoughts(real, length), 0
     if thinking.window or model.training and model.config.dropout:
         raise ValueError("a parallel rollout has all columns in view, and no dropout: a pass must say twice what it said once")
-    noise = draw_noise(model, B, T * runs, thinking, generator)
+    noise = noise or draw_noise(model, B, T * runs, thinking, generator)
     may_follow = torch.ones(V + K, dtype=torch.bool, device=real.device)
     if thinking.after is not None:
         may_follow[:V] = thinking.after

@@ -4,9 +4,10 @@ Train a GPT to think silently, from scratch: rollout, two parallel passes, hybri
   python train.py config/chain.toml                    the main job
   python train.py config/chain.toml --think_cost=0.1   any value of `Config` can be changed
   python train.py config/chain.toml --resume=true      go on where Ctrl-C stopped it
+  torchrun --nproc_per_node=2 train.py config/chain.toml   in two processes, as one would with twice the batch
 
 Writes to `out`: checkpoint.pt, metrics.jsonl, config.json and, at the end, report.json and report.png (report.py).
-Not here: any task (tasks come from data/), the network (model.py), anything distributed.
+Not here: any task (tasks come from data/), the network (model.py).
 
 Glossary beside model.py's
   pass 1    one parallel forward over the recorded streams, everything in view
@@ -29,11 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split, load_vocabulary
-from model import GPT, GPTConfig, Rollout, Thinking, from_gpt2, parallel_rollout, rollout
+from model import GPT, GPTConfig, Noise, Rollout, Thinking, draw_noise, from_gpt2, parallel_rollout, rollout
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -63,7 +65,7 @@ class Config:
     observer_shapes: bool = False  # gradients that reach the observer go on into the layers it watches
     # optimisation
     steps: int = 1500
-    batch_tokens: int = 1536  # real tokens a step, all rollouts counted: many short rows or few long ones
+    batch_tokens: int = 1536  # real tokens a step and process, all rollouts counted: many short rows or few long ones
     lr: float = 1e-3
     gate_lr: float = 5e-3  # of the gate and the observer; they start late and have few weights
     warmup: int = 100  # steps of linear warm-up
@@ -145,10 +147,57 @@ def model_config(vocab_size: int, config: Config) -> GPTConfig:
 
 
 def pick_device(name: str) -> str:
-    there = [d for d, here in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if here]
+    mps = torch.backends.mps.is_available() and WORLD == 1  # it has no all_reduce
+    there = [d for d, here in (("cuda", torch.cuda.is_available()), ("mps", mps), ("cpu", True)) if here]
     if name not in ("auto", *there):
         raise DataError(f"device = {name!r} is not here; this machine has {', '.join(there)}")
     return there[0] if name == "auto" else name
+
+
+# ----------------------------------------------------------------------------------------------
+# several processes
+
+# Every process has the same weights, the same generators in the same state, and draws the same whole batch, with all its noise; each works on its own share of
+# the rows. What they share is what `total` adds up: the sums and counts that losses are means of, the gradients, what the curriculum and the splits go by, and
+# the wish to stop. So all of them do the same next, and the first alone writes and speaks.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+
+def join(device: str) -> None:
+    """Meet the other processes. Raises DataError where they are more than there are GPUs."""
+    if device == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise DataError(f"{os.environ['LOCAL_WORLD_SIZE']} processes need as many GPUs, and here are {torch.cuda.device_count()}; or --device=cpu")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    dist.all_reduce(torch.zeros(1, device=device))  # processes that cannot talk say why here; later it means that one is gone
+
+
+def total(x: Tensor) -> Tensor:
+    """
+    The sum of x over all processes, the same to the last bit in each. Backward, x is the process's own and the rest a constant: a function of totals has
+    the same value everywhere, and its gradients, added up over the processes, are those of one process with all rows. Raises ConnectionError.
+    """
+    if WORLD == 1:
+        return x
+    everyone = x.detach().clone()
+    try:
+        dist.all_reduce(everyone)
+    except RuntimeError as error:
+        raise ConnectionError("another process is gone or out of reach") from error
+    return everyone + (x - x.detach())
+
+
+def mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean over all columns of all processes -> scalar; 0 where nothing has weight."""
+    return total((x * weight).sum()) / total(weight.sum()).clamp(min=1)
+
+
+def add_up_gradients(model: GPT) -> None:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    together = total(torch.cat([g.flatten() for g in gradients]))  # one message, not one a parameter
+    for gradient, part in zip(gradients, together.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -166,13 +215,15 @@ def draw_cuts(roll: Rollout, prompt: Tensor, forget: float, last: float = 0.0, e
     B, C = roll.stream.shape
     column = torch.arange(C, device=roll.stream.device)
     eligible = roll.thinks & roll.holds_real & (roll.pointer < prompt[:, None])
-    draw = lambda *shape: torch.rand(shape, generator=generator, device=roll.stream.device)  # noqa: E731
+    shapes = total(F.one_hot(torch.tensor(RANK), WORLD)[:, None] * torch.tensor([B, C]))  # (WORLD, 2): drawn for all processes' rows, whoever's they are
+    rows, start, widest = int(shapes[:, 0].sum()), int(shapes[:RANK, 0].sum()), int(shapes[:, 1].max())
+    draw = lambda columns: torch.rand(rows, columns, generator=generator, device=column.device)[start : start + B, :C]  # noqa: E731
     if every:
-        cut = draw(B, C) < 1 / every
+        cut = draw(widest) < 1 / every
     else:
-        score = torch.where(draw(B, 1) < last, column / C, draw(B, C))
+        score = torch.where(draw(1) < last, column / C, draw(widest))
         cut = column == score.masked_fill(~eligible, -1).argmax(dim=1, keepdim=True)
-    cut = cut & eligible & (draw(B, 1) < forget)
+    cut = cut & eligible & (draw(1) < forget)
     return F.pad(cut[:, :-1], (1, 0))  # the thought stands one column behind the token it follows
 
 
@@ -218,8 +269,7 @@ def weighted(loss: Tensor, roll: Rollout, answer: Tensor, prompt_weight: float, 
     gate's choice is between two things that are both trained. A weight of 0 leaves the leak open.
     """
     charge = torch.where(roll.thinks, charge_thinking, 1.0) * roll.valid
-    mean = lambda where: (loss * charge * where).sum() / (charge * where).sum().clamp(min=1)  # noqa: E731
-    return mean(answer) + prompt_weight * mean(~answer)
+    return mean(loss, charge * answer) + prompt_weight * mean(loss, charge * ~answer)
 
 
 def at_positions(value: Tensor, roll: Rollout) -> Tensor:
@@ -288,12 +338,12 @@ def observer_loss(readings: Tensor, targets: tuple, where: tuple) -> Tensor:
     """Squared error of each reading (B, C, R) against its own target (B, C), mean over its own columns (B, C) bool, summed -> scalar, nats squared."""
     error = (readings - torch.stack(targets, dim=-1).detach()).square()
     counted = torch.stack(where, dim=-1)
-    return ((error * counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1)).sum()
+    return (total((error * counted).sum((0, 1))) / total(counted.sum((0, 1))).clamp(min=1)).sum()
 
 
 def policy_gradient(log_probability: Tensor, advantage: Tensor, where: Tensor) -> Tensor:
     """REINFORCE: minus the mean of advantage times log-probability of what was done, over the columns `where` -> scalar."""
-    return -(advantage.detach() * log_probability * where).sum() / where.sum().clamp(min=1)
+    return -mean(advantage.detach() * log_probability, where)
 
 
 def log_choice(gate: Tensor, thinks: Tensor, explore: float) -> Tensor:
@@ -311,11 +361,11 @@ def thought_log_probability(thoughts: Tensor, roll: Rollout, vocab_size: int) ->
 def information_kept(thoughts: Tensor, where: Tensor) -> Tensor:
     """
     What a thought drawn from the softmax of (B, C, K) logits tells, in nats, of which of the columns `where` (B, C) it was thought at:
-    entropy of the mean softmax less the mean entropy -> scalar, 0 to log K. After Krause, Perona & Gomes 2010.
+    entropy of the mean softmax less the mean entropy -> scalar, 0 to log K; 0 where there are no columns. After Krause, Perona & Gomes 2010.
     """
-    p = thoughts[where].softmax(dim=-1)  # (N, K)
+    p, count = thoughts[where].softmax(dim=-1), total(where.sum()).clamp(min=1)  # (N, K)
     entropy = lambda q: -torch.xlogy(q, q.clamp(min=1e-9)).sum(dim=-1)  # noqa: E731
-    return entropy(p.mean(dim=0)) - entropy(p).mean()
+    return entropy(total(p.sum(dim=0)) / count) - total(entropy(p).sum()) / count
 
 
 def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: bool, generator=None) -> tuple[Tensor, dict]:
@@ -325,8 +375,8 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
     full = model(here)  # pass 1
     loss_full = loss_kept = word_loss(full.words, roll)
     loss = weighted(loss_full, roll, answer, config.prompt_weight, config.charge_thinking)
-    right = (full.words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)
-    log = {"loss": loss.item(), "accuracy": right.all(dim=1).float().mean().item()}
+    right = ((full.words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)).all(dim=1)
+    log = {"loss": loss.item(), "accuracy": mean(right.float(), torch.ones_like(right)).item()}
 
     if model.config.n_think:  # pass 2
         x = echo(model, roll, full.thoughts, config.echo_scale) if config.thought_grad == "echo" else roll.stream
@@ -341,9 +391,8 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
             loss = loss + ((x - here) * torch.autograd.grad(mean_kept, here, retain_graph=True)[0]).sum()
         if config.imitate and forget:  # with the past forgotten, think what was thought in full view
             behind = roll.thinks & (cut.cumsum(dim=1) > 0)
-            imitation = (thought_log_probability(kept.thoughts, roll, model.config.vocab_size) * behind).sum() / behind.sum().clamp(min=1)
-            loss = loss - config.imitate * imitation
-        if config.tell and roll.thinks.any():
+            loss = loss - config.imitate * mean(thought_log_probability(kept.thoughts, roll, model.config.vocab_size), behind)
+        if config.tell:
             loss = loss - config.tell * information_kept(full.thoughts, roll.thinks)
 
     weight = torch.where(answer, 1.0, config.prompt_weight)
@@ -551,26 +600,33 @@ class Trainer:
         c = self.config
         several = c.rollouts if c.n_think and (self.paid or c.thought_grad == "reinforce") else 1
         levels = self.train_rows.levels[: self.reached]
-        rows = max(1, c.batch_tokens // self.train_rows.longest(levels[-1]) // several)
-        batch = self.train_rows.draw(rows, levels, self.generator).to(self.device).repeat(several)
+        rows = max(WORLD, WORLD * c.batch_tokens // self.train_rows.longest(levels[-1]) // several)
+        first, end = (several * (rows * rank // WORLD) for rank in (RANK, RANK + 1))  # a row's rollouts stay together
+        whole = self.train_rows.draw(rows, levels, self.generator).to(self.device).repeat(several)
+        batch = Batch(*(part[first:end] for part in whole))
         thinking = dataclasses.replace(self.thinking, hold=None if self.paid else c.hold, explore=c.explore)
+        noise = None
+        if c.n_think:
+            noise = Noise(*(part[first:end] for part in draw_noise(self.model, len(whole.real), whole.real.size(1) * c.max_run, thinking, self.noise)))
         if rolls_in_parallel(c, self.device, len(batch.real)):
-            roll, passes = parallel_rollout(self.model, batch.real, batch.length, thinking, self.noise)
+            roll, passes = parallel_rollout(self.model, batch.real, batch.length, thinking, noise=noise)
         else:
-            roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, self.noise)
+            roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, noise=noise)
             passes = roll.stream.size(1) * bool(c.n_think)
         loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak_lr"] * self.schedule()
         self.optimiser.zero_grad()
         loss.backward()
+        if WORLD > 1:
+            add_up_gradients(self.model)
         norm = sum(torch.nn.utils.clip_grad_norm_(some, c.clip).item() for some in self.clipped)
         if not math.isfinite(loss.item() + norm):
             raise FloatingPointError(f"the loss is {loss.item()}, its gradient {norm}, at step {self.step}: a lower --lr may help; nothing was saved since")
         self.optimiser.step()
-        log |= {"step": self.step, "paid": self.paid, "level": levels[-1], "thoughts_per_token": (roll.thinks.sum() / roll.speaks.sum()).item()}
-        log["passes_per_column"] = passes / roll.stream.size(1)
-        log["tokens"] = roll.speaks.sum().item()
+        tokens = total(roll.speaks.sum()).item()
+        log |= {"step": self.step, "paid": self.paid, "level": levels[-1], "thoughts_per_token": total(roll.thinks.sum()).item() / tokens, "tokens": tokens}
+        log["passes_per_column"] = passes / roll.stream.size(1)  # of this process
         self.grow(batch, log.pop("row_loss"))
         if c.n_think:
             self.split(roll)
@@ -580,8 +636,8 @@ class Trainer:
     def grow(self, batch: Batch, row_loss: Tensor) -> None:
         """Add the next level once the longest one in use is mastered; after the last, thoughts begin to cost."""
         longest = batch.level == self.train_rows.levels[self.reached - 1]
-        if longest.any():
-            self.average += 0.1 * (row_loss[longest].mean().item() - self.average)
+        if count := total(longest.sum()).item():
+            self.average += 0.1 * (total(row_loss[longest].sum()).item() / count - self.average)
         mastered = self.average < self.config.mastered or not self.config.curriculum
         if mastered and self.reached < len(self.train_rows.levels):
             self.reached, self.average = self.reached + 1, 1.0
@@ -589,7 +645,7 @@ class Trainer:
             self.paid = True
 
     def split(self, roll: Rollout) -> None:
-        used = torch.bincount(roll.stream[:, 1:][roll.thinks[:, :-1]].cpu() - self.model.config.vocab_size, minlength=self.config.n_think)
+        used = total(torch.bincount(roll.stream[:, 1:][roll.thinks[:, :-1]].cpu() - self.model.config.vocab_size, minlength=self.config.n_think))
         self.usage += 0.05 * (used / used.sum().clamp(min=1) - self.usage)
         early = self.step < 0.5 * self.config.free * self.config.steps  # a split disturbs; there must be time to settle
         growing = self.reached < len(self.train_rows.levels) or early and not self.config.curriculum
@@ -646,12 +702,15 @@ def train(trainer: Trainer) -> bool:
     stop = []
     former = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     started, mark, tokens = time.monotonic() - trainer.seconds, (time.monotonic(), trainer.step), 0
-    with open(out / "metrics.jsonl", "a", buffering=1) as metrics:
-        while trainer.step < config.steps and not stop:
+    last, stopped = trainer.step >= config.steps, False
+    with open(os.devnull if RANK else out / "metrics.jsonl", "a", buffering=1) as metrics:
+        while not (last or stopped):
             log = trainer.train_step()
             trainer.seconds = time.monotonic() - started
             tokens += log.pop("tokens")
-            last = trainer.step == config.steps
+            last, stopped = trainer.step >= config.steps, total(torch.tensor(len(stop))).item()  # one is stopped, all stop
+            if RANK:
+                continue
             if trainer.step % config.log_every == 0 or last:
                 now, steps = time.monotonic(), trainer.step - mark[1]
                 rate, left = tokens / (now - mark[0]), (now - mark[0]) / steps * (config.steps - trainer.step)
@@ -661,7 +720,7 @@ def train(trainer: Trainer) -> bool:
                     print("  validation by level: " + "  ".join(f"{k}: {a:.3f}" for k, a in log["validation"].items()), flush=True)
                 metrics.write(json.dumps(log | {"seconds": round(trainer.seconds, 2), "tokens_per_second": round(rate)}) + "\n")
                 mark, tokens = (time.monotonic(), trainer.step), 0
-            if trainer.step % config.save_every == 0 or last or stop:
+            if trainer.step % config.save_every == 0 or last or stopped:
                 save_checkpoint(out / "checkpoint.pt", trainer.state())
     for number, handler in former.items():
         signal.signal(number, handler)
@@ -671,10 +730,13 @@ def train(trainer: Trainer) -> bool:
 def prepare_out(trainer: Trainer) -> None:
     """Resume from what lies in `out`, or move it aside: no run overwrites another's checkpoint."""
     config, out = trainer.config, Path(trainer.config.out)
+    if config.resume:
+        trainer.load_state(load_checkpoint(config.out, trainer.device))
+    if RANK:
+        return
     out.mkdir(parents=True, exist_ok=True)
     metrics = out / "metrics.jsonl"
     if config.resume:
-        trainer.load_state(load_checkpoint(config.out, trainer.device))
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         metrics.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] < trainer.step))
         print(f"resumed {out} at step {trainer.step}")
@@ -688,12 +750,29 @@ def prepare_out(trainer: Trainer) -> None:
 
 def main(argv: list[str]) -> None:
     config = load_config(argv)
+    if WORLD > 1:
+        join(pick_device(config.device))
     trainer = Trainer(config)
     prepare_out(trainer)
     count = sum(p.numel() for p in trainer.model.parameters())
-    print(f"{trainer.meta['task']}; {count:,} parameters, {config.n_layer} layers, {config.n_think} thoughts; {trainer.device}, {torch.get_num_threads()} threads")
-    if not train(trainer):
-        sys.exit(f"stopped at step {trainer.step} and saved; go on with: python train.py {' '.join(argv)} --resume=true")
+    machine = f"{trainer.device}, {torch.get_num_threads()} threads" + f", {WORLD} processes" * (WORLD > 1)
+    if not RANK:
+        print(f"{trainer.meta['task']}; {count:,} parameters, {config.n_layer} layers, {config.n_think} thoughts; {machine}", flush=True)
+    go_on = f"go on with: {f'torchrun --nproc_per_node={WORLD}' if WORLD > 1 else 'python'} train.py {' '.join(argv)} --resume=true"
+    try:
+        finished = train(trainer)
+    except ConnectionError as error:
+        try:
+            rest = f"the checkpoint in {config.out} is of step {load_checkpoint(config.out)['progress']['step']}; {go_on}"
+        except DataError:
+            rest = f"nothing was saved yet, save_every = {config.save_every}"
+        sys.exit(f"{error}, at step {trainer.step}; {rest}")
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK:
+        return
+    if not finished:
+        sys.exit(f"stopped at step {trainer.step} and saved; {go_on}")
     print(f"trained in {trainer.seconds:.0f} s; saved {config.out}/checkpoint.pt", flush=True)
     if config.report:
         import report

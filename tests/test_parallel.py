@@ -1,0 +1,90 @@
+"""More than one process: what two do with half of the rows each is what one does with all, and the death of one leaves something to go on with."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, call
+
+from train import load_checkpoint
+
+SMALL = "--n_layer=1 --n_embd=32 --n_think=6 --warmup=2 --mastered=9 --device=cpu --log_every=1 --eval_rows=10 --report=false".split()
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+
+
+def start(*arguments):
+    """train.py in two processes, in the background."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*TORCHRUN, *SMALL, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until_saved(process, folder):
+    deadline = time.monotonic() + 100
+    while not (folder / "checkpoint.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+
+
+def workers(process):
+    """The two processes that torchrun started -> their ids."""
+    table = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in table.splitlines()]
+    return [int(pid) for pid, parent, command in rows if int(parent) == process.pid and "train.py" in command]
+
+
+FREE_AND_PAID = ["--steps=8", "--free=0.4", "--split_every=2", "--rollouts=2"]  # mastered at once, paid from step 5 on
+
+
+@pytest.mark.parametrize("changes", [["--observer=0", "--baseline=both", "--explore=0.1"], ["--tell=0.3", "--cut_every=3"]])
+def test_two_processes_learn_what_one_learns_with_twice_the_batch(chains, tmp_path, changes):
+    arguments = [f"--data={chains}", *FREE_AND_PAID, *changes]
+    process = start(*arguments, "--batch_tokens=105", f"--out={tmp_path / 'two'}")
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    call("train.py", *SMALL, *arguments, "--batch_tokens=210", f"--out={tmp_path / 'one'}", check=True)
+    one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
+    torch.testing.assert_close(two["model"], one["model"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(two["usage"], one["usage"])
+    assert one["progress"]["paid"] and all(map(torch.equal, one["random"], two["random"]))
+
+    lines, wanted = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("two", "one"))
+    assert len(lines) == len(wanted) == 8, "one process writes"
+    for line, want in zip(lines, wanted):
+        for name in set(want) - {"seconds", "tokens_per_second", "passes_per_column", "validation"}:
+            assert line[name] == pytest.approx(want[name], abs=1e-5), name
+    assert printed.count("step     7") == printed.count("saved") == 1, "one process speaks"
+    assert {file.name for file in (tmp_path / "two").iterdir()} == {"checkpoint.pt", "config.json", "metrics.jsonl"}
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="ps finds the processes")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_with_a_sentence_and_a_checkpoint(chains, tmp_path, victim):
+    arguments = [f"--data={chains}", "--batch_tokens=100", f"--out={tmp_path}"]
+    process = start(*arguments, "--steps=100000", "--save_every=5")
+    until_saved(process, tmp_path)
+    os.kill(sorted(workers(process))[victim], signal.SIGKILL)
+    _, message = process.communicate(timeout=100)
+    step = load_checkpoint(tmp_path)["progress"]["step"]
+    assert process.returncode != 0 and step > 0
+    assert "another process is gone" in message and f"is of step {step}" in message and "--resume=true" in message
+
+    process = start(*arguments, f"--steps={step + 3}", "--resume=true")
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert printed.count(f"resumed {tmp_path} at step {step}") == 1
+    assert load_checkpoint(tmp_path)["progress"]["step"] == step + 3
+
+
+def test_ctrl_c_stops_all_at_the_same_step_and_saves(chains, tmp_path):
+    process = start(f"--data={chains}", "--batch_tokens=100", f"--out={tmp_path}", "--steps=100000", "--save_every=5")
+    until_saved(process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=100)
+    step = load_checkpoint(tmp_path)["progress"]["step"]
+    assert process.returncode != 0 and message.count(f"stopped at step {step} and saved; go on with: torchrun --nproc_per_node=2 train.py") == 1
