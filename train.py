@@ -173,6 +173,15 @@ def join(device: str) -> None:
     dist.all_reduce(torch.zeros(1, device=device))  # processes that cannot talk say why here; later it means that one is gone
 
 
+def leave() -> None:
+    """Leave, but not before all have heard the last thing that matters: whoever is gone first may cut the others short."""
+    try:
+        total(torch.zeros(()))
+    except ConnectionError:
+        pass
+    dist.destroy_process_group()
+
+
 def total(x: Tensor) -> Tensor:
     """
     The sum of x over all processes, the same to the last bit in each. Backward, x is the process's own and the rest a constant: a function of totals has
@@ -768,7 +777,7 @@ def main(argv: list[str]) -> None:
             rest = f"nothing was saved yet, save_every = {config.save_every}"
         sys.exit(f"{error}, at step {trainer.step}; {rest}")
     if WORLD > 1:
-        dist.destroy_process_group()
+        leave()
     if RANK:
         return
     if not finished:
