@@ -74,7 +74,7 @@ def addition() -> dict:
     rows = {
         "plain": [*forwards, "--n_think=0"],
         "thinking, half of the rows forget": forwards,
-        "reversed, plain": ["config/plain.toml", *backwards, "--curriculum=true", "--report=true"],
+        "reversed, plain": ["config/plain.toml", *backwards, "--n_layer=2", "--curriculum=true", "--report=true"],
         "reversed, thinking first free, then paid": [*thinking, "--explore=0.05"],
         "reversed, thinking paid from the start": [*thinking, "--curriculum=false", "--free=0", "--gate_init=0.5", "--rollouts=2"],
     }
