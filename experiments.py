@@ -82,7 +82,7 @@ def addition() -> dict:
 
 
 def shakespeare() -> dict:
-    """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds or one."""
+    """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds, two for thinking, else one."""
     beside = {s: f"--plain=out/shakespeare/plain_{s}" for s in SEEDS[:3]}
     notes = {s: ["config/shakespeare_notes.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]}
     dear = ["--think_cost=0.1", "--free=0.5", "--gate_init=0.9", "--gate_lr=0.01", "--sharp=4"]
@@ -90,7 +90,7 @@ def shakespeare() -> dict:
     return {  # in this order, since some begin with the weights of others
         "plain": {f"plain_{s}": ["config/shakespeare_plain.toml", f"--seed={s}", "--report=true"] for s in SEEDS[:3]},
         "notes": {f"notes_{s}": [*options, f"--init_from=out/shakespeare/plain_{s}"] for s, options in notes.items()},
-        "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]},
+        "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:2]},
         "thinking, price 0.1": {"dear_1": ["config/shakespeare.toml", *dear, "--seed=1", beside[1]]},
         "plain, 6,000 steps": {"long_1": ["config/shakespeare_plain.toml", "--steps=6000", "--seed=1", "--report=true"]},
         "notes, 1,000 steps more": {f"more_{s}": [*options, *more, f"--init_from=out/shakespeare/notes_{s}"] for s, options in notes.items()},
@@ -109,10 +109,10 @@ def observer_text() -> dict:
 
 
 def observer() -> dict:
-    """The observer head on chains, two layers: with one, five seeds, and without, one seed."""
+    """The observer head on chains, two layers: with one, three seeds, and without, one seed."""
     kinds = {"observer, 2 layers": [], "no observer, 2 layers": ["--observer="]}
     base = ["config/observer.toml", "--report=false"]
-    return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[: 5 if i == 0 else 1]} for i, (row, options) in enumerate(kinds.items())}
+    return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[: 3 if i == 0 else 1]} for i, (row, options) in enumerate(kinds.items())}
 
 
 SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer, observer_text)}
