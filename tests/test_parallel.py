@@ -25,7 +25,7 @@ def start(*arguments):
 
 
 def until_saved(process, folder):
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while not (folder / "checkpoint.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.1)
@@ -45,7 +45,7 @@ FREE_AND_PAID = ["--steps=8", "--free=0.4", "--split_every=2", "--rollouts=2"]  
 def test_two_processes_learn_what_one_learns_with_twice_the_batch(chains, tmp_path, changes):
     arguments = [f"--data={chains}", *FREE_AND_PAID, *changes]
     process = start(*arguments, "--batch_tokens=105", f"--out={tmp_path / 'two'}")
-    printed, errors = process.communicate(timeout=100)
+    printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     call("train.py", *SMALL, *arguments, "--batch_tokens=210", f"--out={tmp_path / 'one'}", check=True)
     one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
@@ -69,13 +69,13 @@ def test_a_killed_process_ends_the_run_with_a_sentence_and_a_checkpoint(chains, 
     process = start(*arguments, "--steps=100000", "--save_every=5")
     until_saved(process, tmp_path)
     os.kill(sorted(workers(process))[victim], signal.SIGKILL)
-    _, message = process.communicate(timeout=100)
+    _, message = process.communicate(timeout=300)
     step = load_checkpoint(tmp_path)["progress"]["step"]
     assert process.returncode != 0 and step > 0
     assert "another process is gone" in message and f"is of step {step}" in message and "--resume=true" in message
 
     process = start(*arguments, f"--steps={step + 3}", "--resume=true")
-    printed, errors = process.communicate(timeout=100)
+    printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert printed.count(f"resumed {tmp_path} at step {step}") == 1
     assert load_checkpoint(tmp_path)["progress"]["step"] == step + 3
@@ -85,6 +85,6 @@ def test_ctrl_c_stops_all_at_the_same_step_and_saves(chains, tmp_path):
     process = start(f"--data={chains}", "--batch_tokens=100", f"--out={tmp_path}", "--steps=100000", "--save_every=5")
     until_saved(process, tmp_path)
     process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=100)
+    _, message = process.communicate(timeout=300)
     step = load_checkpoint(tmp_path)["progress"]["step"]
     assert process.returncode != 0 and message.count(f"stopped at step {step} and saved; go on with: torchrun --nproc_per_node=2 train.py") == 1
