@@ -35,7 +35,7 @@ from data.dataset import Batch, Rows, Text, load_split
 from model import GPT, Rollout, Thinking, rollout
 from observe import look
 from train import (
-    Config, as_trained, at_positions, baseline, evaluate, load_config, load_model, log_choice, policy_gradient, return_to_go, run, targets,
+    Config, as_trained, baseline, evaluate, load_config, load_model, log_choice, policy_gradient, return_to_go, run, targets,
     token_loss, word_loss,
 )  # fmt: skip
 
@@ -78,13 +78,13 @@ def spearman(x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def signs(model: GPT, roll: Rollout) -> tuple[dict[str, Tensor], Tensor]:
-    """-> {name: (B, C)}, higher where more trouble is expected, and the last layer's output (B, C, n_embd)."""
+    """-> {name: (B, C)}, higher where more trouble is expected, with the real "loss" beside them, and the last layer's output (B, C, n_embd)."""
     last = []
     hook = model.norm.register_forward_hook(lambda _m, _x, y: last.append(y))
     out = model(roll.stream)
     hook.remove()
     p = out.words.softmax(dim=-1)
-    found = {"entropy": -torch.xlogy(p, p).sum(-1), "largest probability": -p.max(-1).values, "gate": out.gate}
+    found = {"entropy": -torch.xlogy(p, p).sum(-1), "largest probability": -p.max(-1).values, "gate": out.gate, "loss": word_loss(out.words, roll)}
     return found | dict(zip(("observer", "worth", "ahead"), out.readings.unbind(-1))), last[0]
 
 
@@ -96,10 +96,8 @@ def fit_probe(model: GPT, rows: Rows | Text, thinking: Thinking, generator) -> T
     """Ridge regression from the last layer to the coming loss, on rows of training -> (n_embd + 1,)."""
     batch = rows.draw(1000 if isinstance(rows, Rows) else 200, rows.levels, generator)
     roll = rollout(model, batch.real, batch.length, batch.length, thinking, generator)
-    _, last = signs(model, roll)
-    with torch.no_grad():
-        target = word_loss(model(roll.stream).words, roll)
-    x, y = with_one(last)[roll.valid].double(), target[roll.valid].double()
+    found, last = signs(model, roll)
+    x, y = with_one(last)[roll.valid].double(), found["loss"][roll.valid].double()
     return torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.size(1)).double(), x.T @ y).float()
 
 
@@ -110,8 +108,7 @@ def fit_probe(model: GPT, rows: Rows | Text, thinking: Thinking, generator) -> T
 def wrong(model: GPT, splits: list, thinking: Thinking, probe: Tensor, rows: int) -> dict:
     """{level: {"accuracy", sign: area under the ROC curve}} for levels that are neither easy nor hopeless."""
     result = {}
-    for level in (level for split in splits for level in split.levels if level <= 32):
-        split = next(s for s in splits if level in s.levels)
+    for split, level in ((split, level) for split in splits for level in split.levels if level <= 32):
         batch = split.first(rows, level)
         roll, right = evaluate(model, batch, thinking, torch.Generator().manual_seed(level))
         if not 0.5 <= (accuracy := right.float().mean().item()) <= 0.95:
@@ -193,8 +190,7 @@ def loss_ranks(model: GPT, splits: list, thinking: Thinking, probe: Tensor, rows
         batch = splits[0].first(rows, level)
         roll = rollout(model, batch.real, batch.length, batch.length, thinking, torch.Generator().manual_seed(0))
         found, last = signs(model, roll)
-        with torch.no_grad():
-            found |= {"loss": word_loss(model(roll.stream).words, roll), "probe": with_one(last) @ probe}
+        found["probe"] = with_one(last) @ probe
         parts.append({name: sign[roll.speaks] for name, sign in found.items()})
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     names = ("observer", "probe", "entropy", "largest probability")
