@@ -12,14 +12,24 @@ meta.json
 and where the data are rows with answers, not one long text
   row_end       the token that ends a row
   answer_after  the token behind which the answer begins: that is what is graded
+  thoughts      list of strings, the demonstrated thoughts: thought k of the model is shown as thoughts[k]; absent if no row has one
+  revisions     true if a row has a wrong first guess
+
+Some rows demonstrate how to think. They carry tags that are not words:
+  3+4<think>2</think>*2<think>4</think>=4   a thought behind +4 and one behind *2; several between the tags are thoughts in a row
+  3+4=1<revise>2                            1 is a wrong first guess, one character, in the answer; 2 is the right token
 
 A .bin file is a header of 56 bytes (magic, version, rows, tokens, SHA-256 of the rest), the token ids of all rows one behind
-the other (uint16), and the level of each row (uint16). A text has no rows.
+the other (uint16), and the level of each row (uint16). Thought k is written as id V + k, REVISE as V + len(thoughts), right
+behind the wrong guess; V is len(vocab). A text has no rows.
+
+B rows, T real tokens, V words, K demonstrated thoughts, R the most of them in a row.
 """
 
 import base64
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +42,43 @@ MAGIC, VERSION = b"nanothnk", 1
 HEADER = struct.Struct("<8sIIQ32s")  # magic, version, rows, tokens, SHA-256 of what follows
 
 
+THOUGHT = re.compile(r"<think>(.*?)</think>")
+TAGGED = re.compile(r"(<think>.*?</think>|.<revise>)")  # what a row carries besides its real tokens
+MISTAKES = {  # a pattern, and what is wrong with a row in which it is found
+    r"<think>((?!</think>).)*<think>": "a <think> inside another, or one that is not closed",
+    r"<think>((?!</think>).)*$": "a <think> that is not closed",
+    r"(^|</think>)((?!<think>).)*</think>": "a </think> without its <think>",
+    r"<think></think>": "an empty <think></think>",
+    r"^<think>": "a <think> before the first token",
+    r"<think>((?!</think>).)*<revise>": "a <revise> inside a thought",
+    r"</think><revise>": "a thought between a wrong first guess and its <revise>",
+    r"<revise>.?<revise>": "two <revise> in a row",
+    r"<revise>($|<think>)": "no token behind <revise>",
+    r"(.)<revise>\1": "a wrong first guess that is right",
+}
+
+
 class DataError(Exception):
     """A file or a text that cannot be used; the message is one sentence for the person who gave it."""
+
+
+def check_tags(row: str, answer_after: str) -> None:
+    """Raises DataError that says which tag stands where it cannot."""
+    if "<" not in row:
+        return
+    wrong = next((what for pattern, what in MISTAKES.items() if re.search(pattern, row)), None)
+    question, _, answer = THOUGHT.sub("", row).partition(answer_after)
+    if not wrong and "<revise>" in question:
+        wrong = f"a <revise> before {answer_after!r}: only an answer is revised"
+    if not wrong and answer.startswith("<revise>"):
+        wrong = "no wrong first guess before <revise> in the answer"
+    if wrong:
+        raise DataError(f"{row.strip()[:200]!r} has {wrong}")
+
+
+def untagged(row: str) -> str:
+    """The real tokens of a row: without tags, thoughts and wrong guesses."""
+    return TAGGED.sub("", row)
 
 
 def write_bin(path: Path, tokens: list[int], levels: list[int]) -> None:
@@ -61,12 +106,20 @@ def read_bin(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Batch(NamedTuple):
-    """B rows, padded at the end."""
+    """B rows, padded at the end. Everything but `shown` is long."""
 
     real: Tensor  # (B, T) token ids
     length: Tensor  # (B,) real tokens in the row, row end included
     prompt: Tensor  # (B,) tokens up to and with `answer_after`; a text has no answer and is all prompt
     level: Tensor  # (B,)
+    thoughts: Tensor  # (B, T, R) demonstrated thoughts behind each real token, 0..K-1; -1 where there is none
+    wrong: Tensor  # (B, T) the wrong first guess that stood in this token's place, or -1
+    shown: Tensor  # (B,) bool: the thoughts of this row are to be followed and supervised
+
+    @staticmethod
+    def plain(real: Tensor, length: Tensor, prompt: Tensor, level: Tensor) -> "Batch":
+        """Rows without thoughts and wrong guesses: R = 0."""
+        return Batch(real, length, prompt, level, real.new_empty(*real.shape, 0), torch.full_like(real, -1), torch.zeros_like(length, dtype=torch.bool))
 
     def to(self, device) -> "Batch":
         return Batch(*(part.to(device) for part in self))
@@ -76,24 +129,47 @@ class Batch(NamedTuple):
         return Batch(*(part.repeat_interleave(times, dim=0) for part in self))
 
 
-class Rows:
-    """All rows of one split, grouped by level."""
+def untangle(tokens: np.ndarray, n_words: int, n_thoughts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids of a .bin file -> of its n real tokens: ids (n,), thoughts behind each (n, R) int16, wrong guess before each (n,) int32; -1 is none."""
+    thought, revise = (tokens >= n_words) & (tokens < n_words + n_thoughts), tokens == n_words + n_thoughts
+    guess = np.append(revise[1:], False)
+    real = ~(thought | revise | guess)
+    count, place = real.sum(), np.cumsum(real) - 1  # place: which real token is the last one, at each id
+    since = np.arange(len(tokens)) - np.flatnonzero(real)[place]  # ids since that token: 1, 2, .. for the thoughts behind it
+    thoughts, wrong = np.full((count, since[thought].max(initial=0)), -1, np.int16), np.full(count, -1, np.int32)
+    thoughts[place[thought], since[thought] - 1] = tokens[thought] - n_words
+    wrong[place[guess] + 1] = tokens[guess]
+    return tokens[real], thoughts, wrong
 
-    def __init__(self, tokens: np.ndarray, levels: np.ndarray, row_end: int, answer_after: int):
+
+class Rows:
+    """All rows of one split, grouped by level. `demonstrate`: the share of each level's demonstrations that is shown; the others lose their thoughts."""
+
+    def __init__(self, tokens: np.ndarray, levels: np.ndarray, row_end: int, answer_after: int, n_words=1 << 16, n_thoughts=0, demonstrate=1.0):
+        tokens, thoughts, wrong = untangle(tokens.astype(np.int32), n_words, n_thoughts)
         ends = np.flatnonzero(tokens == row_end) + 1
         if len(ends) != len(levels) or len(ends) == 0 or ends[-1] != len(tokens):
             raise DataError(f"{len(ends)} row ends but {len(levels)} levels: the data do not fit their meta.json")
         starts = np.concatenate([[0], ends[:-1]])
         length = ends - starts
-        column = np.arange(length.max())
-        table = tokens[np.minimum(starts[:, None] + column, len(tokens) - 1)].astype(np.int64)  # (N, T)
-        table = np.where(column < length[:, None], table, row_end)
-        prompt = (table == answer_after).argmax(axis=1) + 1
         order = np.argsort(levels, kind="stable")
-        self.all = Batch(*(torch.from_numpy(part[order].astype(np.int64)) for part in (table, length, prompt, levels)))
+        starts, length, levels = starts[order], length[order], levels[order]
+        column = np.arange(length.max())
+        index, padding = np.minimum(starts[:, None] + column, len(tokens) - 1), column >= length[:, None]  # (N, T)
+        table, thoughts, wrong = tokens[index].astype(np.int64), thoughts[index], wrong[index]  # (N, T), (N, T, R), (N, T)
+        table[padding], thoughts[padding], wrong[padding] = row_end, -1, -1
+        prompt = (table == answer_after).argmax(axis=1) + 1
         self.levels, counts = (x.tolist() for x in np.unique(levels, return_counts=True))
         self.count = dict(zip(self.levels, counts))
         self.start = dict(zip(self.levels, np.cumsum([0] + counts[:-1]).tolist()))
+
+        shown, carries = np.zeros(len(levels), bool), (thoughts >= 0).any(axis=(1, 2))  # (N,)
+        for start, count in zip(self.start.values(), counts):
+            rows = start + np.flatnonzero(carries[start : start + count])
+            shown[rows[: max(1, round(demonstrate * len(rows))) if demonstrate > 0 else 0]] = True
+        thoughts[~shown] = -1
+        length, prompt, levels = (part.astype(np.int64) for part in (length, prompt, levels))
+        self.all = Batch(*map(torch.from_numpy, (table, length, prompt, levels, thoughts, wrong, shown)))  # thoughts and wrong are long in a batch only
 
     def longest(self, level: int) -> int:
         """Real tokens in the longest row of a level."""
@@ -113,7 +189,8 @@ class Rows:
 
     def _take(self, index: Tensor) -> Batch:
         batch = Batch(*(part[index] for part in self.all))
-        return batch._replace(real=batch.real[:, : int(batch.length.max())])
+        longest = int(batch.length.max())
+        return batch._replace(real=batch.real[:, :longest], thoughts=batch.thoughts[:, :longest].long(), wrong=batch.wrong[:, :longest].long())
 
 
 class Text:
@@ -144,7 +221,7 @@ class Text:
 
     def _take(self, start: Tensor) -> Batch:
         length = torch.full_like(start, self.block + 1)
-        return Batch(self.tokens[start[:, None] + torch.arange(self.block + 1)], length, length, torch.full_like(start, self.block))
+        return Batch.plain(self.tokens[start[:, None] + torch.arange(self.block + 1)], length, length, torch.full_like(start, self.block))
 
 
 class Vocabulary:
@@ -154,6 +231,7 @@ class Vocabulary:
         self.meta, self.tokens = meta, meta["vocab"]
         self.pieces = [token.encode() for token in self.tokens]
         self.index = {token: i for i, token in enumerate(self.tokens)}
+        self.thought = {name: len(self.tokens) + k for k, name in enumerate(meta.get("thoughts", []))}
         self.longest = max(map(len, self.tokens))
         self.row_end, self.answer_after = (self.index[meta[name]] if name in meta else -1 for name in ("row_end", "answer_after"))
 
@@ -172,6 +250,29 @@ class Vocabulary:
             at += len(token)
         return ids
 
+    def thoughts_in(self, row: str) -> list[str]:
+        """The demonstrated thoughts of a row: what stands between its tags is one if it is a word of the vocabulary, else each character is."""
+        return [name for content in THOUGHT.findall(row) for name in ([content] if content in self.index else content)]
+
+    def encode_row(self, row: str) -> list[int]:
+        """A row that may have tags -> the ids of a .bin file. Raises DataError."""
+        check_tags(row, self.meta["answer_after"])
+        ids = []
+        for part in TAGGED.split(row):
+            if part.endswith("</think>"):
+                names = self.thoughts_in(part)
+                if unknown := [name for name in names if name not in self.thought]:
+                    raise DataError(f"{unknown[0]!r} in {row.strip()[:200]!r} is none of the demonstrated thoughts: {' '.join(self.thought)}")
+                before = self.tokens[next(i for i in reversed(ids) if i < len(self.tokens))]
+                if before not in (self.meta.get("think_after") or self.tokens):
+                    raise DataError(f"{row.strip()[:200]!r} has a thought behind {before!r}, which think_after does not allow")
+                ids += [self.thought[name] for name in names]
+            elif part.endswith("<revise>"):
+                ids += self.encode(part[0]) + [len(self.tokens) + len(self.thought)]
+            else:
+                ids += self.encode(part)
+        return ids
+
     def decode(self, ids) -> str:
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")  # a piece may end inside a character
 
@@ -187,6 +288,7 @@ class ByteVocabulary(Vocabulary):
 
     def __init__(self, meta: dict):
         self.meta, self.encoding, self.row_end, self.answer_after = meta, make_encoding(meta["encoding"]), -1, -1
+        self.thought = {}
         count = self.encoding.n_vocab - THOUGHT_NAMES
         self.pieces = [self.encoding.decode_single_token_bytes(i) for i in range(count)]
         self.tokens = [piece.decode("utf-8", "replace") for piece in self.pieces]
@@ -232,9 +334,32 @@ def load_meta(folder: str) -> dict:
         raise DataError(f"{path} is not JSON (line {error.lineno}): prepare the data again") from None
 
 
-def load_split(folder: str, split: str, vocabulary: Vocabulary, block: int) -> Rows | Text:
-    """block: tokens in a window of a text; rows have lengths of their own."""
+def load_split(folder: str, split: str, vocabulary: Vocabulary, block: int, demonstrate: float = 1.0) -> Rows | Text:
+    """block: tokens in a window of a text; rows have lengths of their own. demonstrate: share of the rows with thoughts whose thoughts are shown."""
+    if not 0 <= demonstrate <= 1:
+        raise DataError(f"demonstrate = {demonstrate} is not between 0 and 1")
     tokens, levels = read_bin(Path(folder) / f"{split}.bin")
     if vocabulary.row_end < 0:
         return Text(tokens, block)
-    return Rows(tokens, levels, vocabulary.row_end, vocabulary.answer_after)
+    return Rows(tokens, levels, vocabulary.row_end, vocabulary.answer_after, len(vocabulary.tokens), len(vocabulary.thought), demonstrate)
+
+
+def write_rows(out: Path, meta: dict, splits: dict[str, list[tuple[str, int]]]) -> Vocabulary:
+    """Rows without their ends, each with its level -> a .bin file a split, and meta.json. Raises DataError before anything is written."""
+    rows = [row for part in splits.values() for row, _ in part]
+    if thoughts := sorted({name for row in rows if "<" in row for name in Vocabulary(meta).thoughts_in(row)}):
+        meta["thoughts"] = thoughts
+    if any("<revise>" in row for row in rows):
+        meta["revisions"] = True
+    vocabulary = Vocabulary(meta)
+    ids = {name: [i for row, _ in part for i in vocabulary.encode_row(row + meta["row_end"])] for name, part in splits.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "val", "test"):
+        if not splits.get(name):
+            (out / f"{name}.bin").unlink(missing_ok=True)
+            continue
+        write_bin(out / f"{name}.bin", ids[name], [level for _, level in splits[name]])
+        print(f"{name}.bin: {len(splits[name]):,} rows, {len(ids[name]):,} tokens")
+    (out / "probe.json").unlink(missing_ok=True)
+    (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return vocabulary

@@ -49,7 +49,7 @@ class StudyConfig:
 def notes(model: GPT, context: Tensor, thinking: Thinking, count: int, generator=None) -> Tensor:
     """(B, T) real tokens, read with the thoughts the model has on the way -> (B, count) ids of the thoughts it has behind the last of them."""
     length = torch.full((len(context),), context.size(1), device=context.device)
-    roll = rollout(model, context, length, length, thinking, generator)
+    roll = rollout(model, context, length, thinking, generator)
     rows, end = torch.arange(len(context), device=context.device), roll.valid.sum(dim=1)  # the last token itself is never fed
     stream = torch.cat([roll.stream, context.new_zeros(len(context), count + 1)], dim=1)
     stream[rows, end] = context[:, -1]
@@ -63,7 +63,7 @@ def behind_note(model: GPT, note: Tensor, real: Tensor, thinking: Thinking, gene
     """Losses (B, T) in nats of the real tokens (B, T) that follow a note (B, n) of thoughts, with nothing else in view."""
     row = torch.cat([note, real], dim=1)
     length = torch.full((len(row),), row.size(1), device=row.device)
-    roll = rollout(model, row, length, length, thinking, generator)
+    roll = rollout(model, row, length, thinking, generator)
     words = row.clamp(max=model.config.vocab_size - 1)  # thoughts are no words; what the note would have said is not asked
     return token_loss(model, roll._replace(real=words))[:, note.size(1) - 1 :]
 
@@ -74,7 +74,7 @@ def after_forgetting(model: GPT, plain: GPT, real: Tensor, frequency: Tensor, th
     context, behind = real[:, :-BEHIND], real[:, -BEHIND:]
     never = Thinking(mode="never")
     length = lambda x: torch.full((len(x),), x.size(1), device=x.device)  # noqa: E731
-    plain_loss = lambda x: token_loss(plain, rollout(plain, x, length(x), length(x), never))  # noqa: E731
+    plain_loss = lambda x: token_loss(plain, rollout(plain, x, length(x), never))  # noqa: E731
     first = -frequency.log()[behind[:, :1]]
     note = notes(model, context, thinking, trained.max_run, generator)
     random = model.config.vocab_size + torch.randint(model.config.n_think, note.shape, generator=generator, device=note.device)
@@ -86,7 +86,7 @@ def after_forgetting(model: GPT, plain: GPT, real: Tensor, frequency: Tensor, th
         "note swapped with another window's": behind_note(model, note.roll(1, dims=0), behind, never),
         "note random": behind_note(model, random, behind, never),
         "note constant": behind_note(model, note.mode(dim=0).values.expand_as(note), behind, never),
-        "thinking, full context": token_loss(model, rollout(model, real, length(real), length(real), thinking, generator))[:, -BEHIND:],
+        "thinking, full context": token_loss(model, rollout(model, real, length(real), thinking, generator))[:, -BEHIND:],
     }
     total = {name: loss.sum(dim=1) for name, loss in losses.items()}  # (B,) each
     gap = total["plain, cut"] - total["plain, full context"]
@@ -165,8 +165,8 @@ def where_and_what(model: GPT, plain: GPT, text: Text, vocabulary: Vocabulary, t
     for i in range(0, len(at), 100):
         real = batch.real[i : i + 100].to(config.device)
         length = torch.full((len(real),), real.size(1), device=config.device)
-        roll = rollout(model, real, length, length, thinking, generator)
-        hard = token_loss(plain, rollout(plain, real, length, length, Thinking(mode="never")))  # (B, T - 1)
+        roll = rollout(model, real, length, thinking, generator)
+        hard = token_loss(plain, rollout(plain, real, length, Thinking(mode="never")))  # (B, T - 1)
         here = roll.holds_real & roll.decides
         thought = torch.cat([roll.stream[:, 1:], roll.stream[:, :1]], dim=1) - model.config.vocab_size
         index = at[i : i + 100].gather(1, roll.pointer.cpu() - 1)
