@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from data.dataset import Batch, load_split
-from model import GPT, GPTConfig, Thinking, draw, parallel_rollout, rollout
+from model import GPT, GPTConfig, Thinking, draw, parallel_rollout, rollout, speak
 from train import Config, as_trained, hybrid_loss, load_config, load_model, pick_device, rolls_in_parallel, run
 
 
@@ -104,7 +104,7 @@ def make_batch(c: BenchConfig, device: str) -> Batch:
     """Rows of real tokens whose streams, with a thought behind each token but the last, have c.length columns."""
     T = c.length // 2 + 1
     length = torch.full((c.rows,), T)
-    return Batch(torch.randint(c.words, (c.rows, T), generator=torch.Generator().manual_seed(0)), length, length - 1, torch.ones_like(length)).to(device)
+    return Batch.plain(torch.randint(c.words, (c.rows, T), generator=torch.Generator().manual_seed(0)), length, length - 1, torch.ones_like(length)).to(device)
 
 
 def training_step(c: BenchConfig, device: str, n_think: int, forget: float = 0.0):
@@ -118,7 +118,7 @@ def training_step(c: BenchConfig, device: str, n_think: int, forget: float = 0.0
         if rolls_in_parallel(config, device, c.rows):
             roll, _ = parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise)
         else:
-            roll = rollout(model, batch.real, batch.length, batch.length, Thinking(hold=1.0), noise)
+            roll = rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise)
         clock.tick("rollout")
         loss, _ = hybrid_loss(Watched(model, clock), roll, batch, config, False, noise)
         clock.tick("losses")
@@ -142,8 +142,7 @@ def without_cache(model: GPT, real: torch.Tensor, columns: int, noise, choose=dr
     """A thought behind each real token, the whole stream computed again for each column -> (B, columns)."""
     stream = real[:, :1]
     for column in range(columns - 1):
-        thoughts, _ = model.think(stream)
-        thought = model.config.vocab_size + choose(thoughts[:, -1], noise)
+        thought = model.config.vocab_size + choose(model.think(stream).thoughts[:, -1], noise)
         stream = torch.cat([stream, (real[:, column // 2 + 1] if column % 2 else thought)[:, None]], dim=1)
     return stream
 
@@ -241,7 +240,7 @@ def growth(c: BenchConfig, device: str):
         jobs = {
             "plain": plain,
             "hybrid": hybrid,
-            "sequential": lambda: rollout(model, batch.real, batch.length, batch.length, Thinking(hold=1.0), noise),
+            "sequential": lambda: rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
             "parallel": lambda: passes.append(parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise)[1]),
         }
         took = alternately({name: timed(job, device) for name, job in jobs.items()}, c.repeats)
@@ -280,10 +279,10 @@ def peers(c: BenchConfig, device: str):
     start = torch.zeros(c.rows, c.length + 1, dtype=torch.long, device=device)
     given, length = torch.ones_like(start[:, 0]), torch.full_like(start[:, 0], c.length + 1)
     jobs = {
-        "rollout": lambda: rollout(model, batch.real, batch.length, batch.length, Thinking(hold=1.0), noise),
+        "rollout": lambda: rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
         "rollout in parallel": lambda: parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
         "rollout without a cache": lambda: without_cache(model, batch.real, c.length, noise),
-        "sampling": lambda: rollout(model, start, given, length, Thinking("never"), noise),
+        "sampling": lambda: speak(model, start, given, length, Thinking("never"), noise),
         "sampling, GPT-2 of transformers": transformers_sampler(c, device, noise),
     }
     found = alternately({name: timed(job, device) for name, job in jobs.items() if job}, c.repeats)
@@ -303,9 +302,9 @@ def trained(c: BenchConfig, device: str):
     batch = split.first(c.rows, split.levels[-1]).to(device)
     for name, hold in (("free", config.hold), ("paid", None)):
         noise, thinking, passes = torch.Generator(device).manual_seed(0), dataclasses.replace(as_trained(state, vocabulary), hold=hold), []
-        columns = rollout(model, batch.real, batch.length, batch.length, thinking, noise).stream.size(1)
+        columns = rollout(model, batch.real, batch.length, thinking, noise).stream.size(1)
         jobs = {
-            "sequential": lambda: rollout(model, batch.real, batch.length, batch.length, thinking, noise),
+            "sequential": lambda: rollout(model, batch.real, batch.length, thinking, noise),
             "parallel": lambda: passes.append(parallel_rollout(model, batch.real, batch.length, thinking, noise)[1]),
         }
         found = alternately({way: timed(job, device) for way, job in jobs.items()}, c.repeats)

@@ -95,7 +95,7 @@ def with_one(x: Tensor) -> Tensor:
 def fit_probe(model: GPT, rows: Rows | Text, thinking: Thinking, generator) -> Tensor:
     """Ridge regression from the last layer to the coming loss, on rows of training -> (n_embd + 1,)."""
     batch = rows.draw(1000 if isinstance(rows, Rows) else 200, rows.levels, generator)
-    roll = rollout(model, batch.real, batch.length, batch.length, thinking, generator)
+    roll = rollout(model, batch.real, batch.length, thinking, generator)
     found, last = signs(model, roll)
     x, y = with_one(last)[roll.valid].double(), found["loss"][roll.valid].double()
     return torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.size(1)).double(), x.T @ y).float()
@@ -149,7 +149,7 @@ def worth(model: GPT, batch: Batch, roll: Rollout, column: Tensor, thinking: Thi
     counted = (later >= 0) & ((later < config.horizon) | (config.horizon == 0))
     for thinks in (False, True):
         with decided(model, column, thinks):
-            other = rollout(model, batch.real, batch.length, batch.length, thinking, torch.Generator().manual_seed(2))
+            other = rollout(model, batch.real, batch.length, thinking, torch.Generator().manual_seed(2))
         cost.append((token_loss(model, other) * weight * counted).sum(dim=1))
     return cost[0] - cost[1]
 
@@ -159,7 +159,7 @@ def pays(model: GPT, split: Rows | Text, thinking: Thinking, config: Config, row
     generator, worths, found_all = torch.Generator().manual_seed(1), [], []
     for level in split.levels:
         batch = split.first(rows if isinstance(split, Text) else rows // 2, level)
-        roll = rollout(model, batch.real, batch.length, batch.length, thinking, generator)
+        roll = rollout(model, batch.real, batch.length, thinking, generator)
         column = torch.where(roll.decides, torch.rand(roll.decides.shape, generator=generator), -1).argmax(dim=1)
         worths.append(worth(model, batch, roll, column, thinking, config))
         found_all.append({name: sign.gather(1, column[:, None])[:, 0] for name, sign in signs(model, roll)[0].items()})
@@ -175,7 +175,7 @@ def places(model: GPT, split: Rows, thinking: Thinking, config: Config, rows: in
     result = {}
     for level in split.levels:
         batch = split.first(rows, level)
-        roll = rollout(model, batch.real, batch.length, batch.length, thinking, torch.Generator().manual_seed(0))
+        roll = rollout(model, batch.real, batch.length, thinking, torch.Generator().manual_seed(0))
         result[level] = {}
         for name, place in (("first", 0 * batch.prompt), ("middle", batch.prompt // 2 - 1), ("last but one", batch.prompt - 2), ("last", batch.prompt - 1)):
             column = ((roll.pointer - 1 == place[:, None]) & roll.holds_real & roll.valid).int().argmax(dim=1)
@@ -188,7 +188,7 @@ def loss_ranks(model: GPT, splits: list, thinking: Thinking, probe: Tensor, rows
     parts = []
     for level in splits[0].levels:
         batch = splits[0].first(rows, level)
-        roll = rollout(model, batch.real, batch.length, batch.length, thinking, torch.Generator().manual_seed(0))
+        roll = rollout(model, batch.real, batch.length, thinking, torch.Generator().manual_seed(0))
         found, last = signs(model, roll)
         found["probe"] = with_one(last) @ probe
         parts.append({name: sign[roll.speaks] for name, sign in found.items()})
@@ -262,7 +262,7 @@ def variance(model: GPT, rows: Rows | Text, thinking: Thinking, config: Config, 
     longest = rows.longest(rows.levels[-1])
     for _ in range(batches):
         batch = rows.draw(max(1, config.batch_tokens // longest // config.rollouts), rows.levels, generator).repeat(config.rollouts)
-        roll = rollout(model, batch.real, batch.length, batch.length, dataclasses.replace(thinking, greedy=False, explore=config.explore), generator)
+        roll = rollout(model, batch.real, batch.length, dataclasses.replace(thinking, greedy=False, explore=config.explore), generator)
         out = model(roll.stream)
         weight = torch.where(roll.valid & (roll.pointer >= batch.prompt[:, None]), 1.0, config.prompt_weight)
         cost = (word_loss(out.words, roll) * weight).detach()
@@ -313,7 +313,7 @@ def notes(model: GPT, split: Rows | Text, thinking: Thinking, rows: int) -> dict
     parts = []
     for level in split.levels:
         batch = split.first(rows, level)
-        roll = rollout(model, batch.real, batch.length, batch.length, thinking, torch.Generator().manual_seed(0))
+        roll = rollout(model, batch.real, batch.length, thinking, torch.Generator().manual_seed(0))
         out, sight = look(model, roll.stream)
         layers = range(model.config.n_layer // 4, model.config.n_layer - 1) or [0]
         middle = {name: getattr(sight, name)[..., list(layers)].mean(-1) for name in ("change", "attention", "lens")}

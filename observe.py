@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data.dataset import DataError, Vocabulary
 from model import GPT, READINGS, Output, Rollout, Thinking, generate, rollout
-from sample import columns_in_view, view
+from sample import columns_in_view
 from train import Config, as_trained, load_config, load_model, pick_device, run, targets, word_loss
 
 TOP = 3  # words shown of each layer
@@ -75,12 +75,12 @@ def attention_entropy(attention, x: Tensor, below: list, cos: Tensor, sin: Tenso
 
 
 @torch.no_grad()
-def look(model: GPT, stream: Tensor, mask: Tensor | None = None) -> tuple[Output, Sight]:
-    """The pass `model(stream, mask)` over (B, C) ids, undisturbed, and what went on inside it."""
+def look(model: GPT, stream: Tensor, mask: Tensor | None = None, position: Tensor | None = None) -> tuple[Output, Sight]:
+    """The pass `model(stream, mask, position=position)` over (B, C) ids, undisturbed, and what went on inside it."""
     caught = []  # of each block: its attention and (x, below, cos, sin, mask)
     hooks = [b.attention.register_forward_hook(lambda attention, given, _: caught.append((attention, *given[:5]))) for b in model.blocks]
     try:
-        output = model(stream, mask)
+        output = model(stream, mask, position=position)
     finally:
         for hook in hooks:
             hook.remove()
@@ -123,9 +123,9 @@ def shown(tokens: list[int], vocabulary: Vocabulary) -> list[str]:
 
 def trace(model: GPT, roll: Rollout, given: int, vocabulary: Vocabulary, window: int = 0) -> dict:
     """A rollout of one row, of which `given` real tokens were given -> what trace.json holds of it. Numbers of a column are about what comes after it."""
-    C = int(roll.valid[0].sum())
-    output, sight = look(model, roll.stream[:, :C], view(C, window, roll.stream.device))
-    roll = Rollout(*(part[:, :C] for part in roll[:5]), *roll[5:])
+    roll = roll.alone(0)
+    C = roll.stream.size(1)
+    output, sight = look(model, roll.stream, roll.view(window), roll.position)
     rounded = lambda x: [round(number, 4) for number in x.tolist()]  # noqa: E731
     tokens, coming_next = roll.stream[0].tolist(), targets(roll)[0].tolist()
     texts = shown(tokens + coming_next[-1:], vocabulary)
@@ -180,7 +180,7 @@ def make_trace(texts: list[str], model: GPT, vocabulary: Vocabulary, state: dict
         try:
             if reads:
                 real, length = torch.tensor([ids], device=device), torch.tensor([len(ids)], device=device)
-                roll = rollout(model, real, length, length, thinking, generator)
+                roll = rollout(model, real, length, thinking, generator)
             else:
                 _, roll = generate(model, [ids], config.max_new_tokens, thinking, generator, vocabulary.row_end)
             rows.append(trace(model, roll, len(ids), vocabulary, window))

@@ -109,7 +109,7 @@ def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict,
     for i, (row, said) in enumerate(zip(ids, probe["labels"])):
         real[i, : len(row)] = torch.tensor(row)
         labels[i, : len(row)] = torch.tensor([-1 if label is None else probe["values"].index(label) for label in said])
-    roll = rollout(model, real, length, length, thinking, torch.Generator(device).manual_seed(0))
+    roll = rollout(model, real, length, thinking, torch.Generator(device).manual_seed(0))
     V, K = model.config.vocab_size, model.config.n_think
     label = labels.gather(1, roll.pointer - 1)  # of the last real token at or before a column
     where = (roll.thinks & roll.valid & (label >= 0))[:, :-1]

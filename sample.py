@@ -22,8 +22,11 @@ from pathlib import Path
 import torch
 
 from data.dataset import DataError, Vocabulary
-from model import GPT, Rollout, generate
+from model import GPT, Rollout, generate, read
 from train import Config, as_trained, load_config, load_model, pick_device, run, targets
+
+
+RECALL = {"policy": {}, "never": {"hold_recall": 0.0}, "always": {"hold_recall": 1.0}}
 
 
 @dataclass
@@ -37,6 +40,9 @@ class SampleConfig:
     top_k: int = 0  # words to choose from, 0 for all
     window: int = -1  # columns in view; 0 for all, -1 for as many as a text's window had in training
     mode: str = "policy"  # policy | never | random | constant | swapped
+    budget: int = 0  # thoughts in an answer, at most; 0 is no limit but the model's own
+    revisions: int = 8  # words an answer may take back, of a model with REVISE
+    recall: str = "policy"  # policy | never | always, of a model with RECALL
     show_thoughts: bool = False
     introspect: bool = False  # how sure it was, where it hesitated, how long it thought: from the observer's readings
     seed: int = 1
@@ -54,43 +60,41 @@ def read_prompts(arguments: list[str], config: SampleConfig) -> list[str]:
     return [line for line in sys.stdin.read().splitlines() if line]
 
 
-def bracketed(token: int, vocabulary: Vocabulary, dim: bool) -> bytes:
-    """A token as it is shown: a thought in brackets, dimmed on a terminal."""
+def bracketed(token: int, vocabulary: Vocabulary, n_think: int, dim: bool) -> bytes:
+    """A token as it is shown: a thought or RECALL in brackets, dimmed on a terminal."""
     V = len(vocabulary.tokens)
     if token < V:
         return vocabulary.pieces[token]
-    return (f"\033[2m[{token - V}]\033[0m" if dim else f"[{token - V}]").encode()
+    name = f"[{token - V}]" if token - V < n_think else "[recall]"
+    return (f"\033[2m{name}\033[0m" if dim else name).encode()
 
 
-def stream_to(vocabulary: Vocabulary, show_thoughts: bool):
-    """-> what `rollout` calls with each new column of its only row: prints it, whole characters at a time."""
+def stream_to(vocabulary: Vocabulary, n_think: int, show_thoughts: bool):
+    """-> what `speak` calls with each new column of its only row: prints it, whole characters at a time."""
     decoder, dim = codecs.getincrementaldecoder("utf-8")("replace"), sys.stdout.isatty()
 
     def write(token) -> None:
         token = int(token)
         if token != vocabulary.row_end and (token < len(vocabulary.tokens) or show_thoughts):
-            print(decoder.decode(bracketed(token, vocabulary, dim)), end="", flush=True)
+            print(decoder.decode(bracketed(token, vocabulary, n_think, dim)), end="", flush=True)
 
     return write
 
 
-def show(roll: Rollout, row: int, vocabulary: Vocabulary, dim: bool) -> str:
-    """The row's stream, its thoughts in brackets."""
-    columns = (roll.pointer[row] <= roll.length[row]) & roll.valid[row]
-    last = int(roll.real[row, roll.length[row] - 1])  # predicted by the last column, itself never fed
-    tokens = roll.stream[row][columns].tolist() + [last] * (last != vocabulary.row_end)
-    return b"".join(bracketed(token, vocabulary, dim) for token in tokens).decode("utf-8", "replace")
+def show(roll: Rollout, row: int, vocabulary: Vocabulary, n_think: int, dim: bool) -> str:
+    """The row's stream, its thoughts in brackets, and words that it took back before the word that it said instead."""
+    roll, pieces = roll.alone(row), []
+    last = int(roll.real[0, roll.length[0] - 1])  # predicted by the last column, itself never fed
+    columns = [*zip(roll.stream[0].tolist(), roll.holds_real[0].tolist(), roll.pointer[0].tolist()), (last, True, int(roll.length[0]))]
+    for token, real, pointer in columns:
+        pieces += [b"[not %b]" % vocabulary.pieces[word] for place, word in roll.taken[0].tolist() if real and place == pointer - 1]
+        pieces += [bracketed(token, vocabulary, n_think, dim)] * (token != vocabulary.row_end)
+    return b"".join(pieces).decode("utf-8", "replace")
 
 
 def columns_in_view(trained: Config, vocabulary: Vocabulary) -> int:
-    """As many as a text's window had in training; 0, all, where rows have an end."""
-    return trained.block * (1 + trained.max_run * (trained.n_think > 0)) if vocabulary.row_end < 0 else 0
-
-
-def view(columns: int, window: int, device=None) -> torch.Tensor | None:
-    """The mask (C, C) under which one pass over a stream sees what a rollout with that window saw; None, causal, where that is everything."""
-    c = torch.arange(columns, device=device)
-    return (c[:, None] >= c) & (c[:, None] - c < window) if window else None
+    """As many as in training; 0, all, where rows have an end and there was no window."""
+    return trained.window or (trained.block * (1 + trained.max_run * (trained.n_think > 0)) if vocabulary.row_end < 0 else 0)
 
 
 @torch.no_grad()
@@ -99,10 +103,10 @@ def introspect(model: GPT, roll: Rollout, row: int, given: int, vocabulary: Voca
     What the observer says of the answer that begins behind `given` real tokens. How sure: e to the minus the mean loss it saw coming, the probability of a
     token. Every number is read at the column that said the token, or chose to think; that column sees neither the token nor anything behind it.
     """
-    C = int(roll.valid[row].sum())
-    out = model(roll.stream[row : row + 1, :C], mask=view(C, window, roll.stream.device))
+    roll = roll.alone(row)
+    C, out = roll.stream.size(1), read(model, roll, window)
     coming, gate = out.readings[0, :, 0].clamp(min=0).tolist(), out.gate[0].sigmoid().tolist()  # nats; a regression may miss below 0
-    thinks, pointer, said = roll.thinks[row, :C].tolist(), roll.pointer[row, :C].tolist(), targets(roll)[row, :C].tolist()
+    thinks, pointer, said = (part[0].tolist() for part in (roll.thinks | roll.recalls, roll.pointer, targets(roll)))
     answer, runs, first = [], [], 0  # columns of the answer; (thoughts in a row, gate before the first, column that ended it)
     for c in range(C):
         if thinks[c]:
@@ -114,7 +118,7 @@ def introspect(model: GPT, roll: Rollout, row: int, given: int, vocabulary: Voca
         first = c + 1
     if not answer:
         return "said nothing"
-    at = lambda c: f"{vocabulary.decode([said[c]])!r} after {vocabulary.decode(roll.real[row, : pointer[c]].tolist())[-12:]!r}"  # noqa: E731
+    at = lambda c: f"{vocabulary.decode([said[c]])!r} after {vocabulary.decode(roll.real[0, : pointer[c]].tolist())[-12:]!r}"  # noqa: E731
     most = max(answer, key=lambda c: coming[c])
     sure = math.exp(-sum(coming[c] for c in answer) / len(answer))
     line = f"sure {sure:.2f} a token; hesitated most at {at(most)} ({coming[most]:.2f} nats seen coming); "
@@ -128,6 +132,10 @@ def main(argv: list[str]) -> None:
     config = load_config([a for a in argv if a.startswith("--")], SampleConfig)
     if config.mode not in ("policy", "never", "random", "constant", "swapped"):
         raise DataError(f"mode = {config.mode!r} is none of policy, never, random, constant, swapped")
+    if config.recall not in RECALL:
+        raise DataError(f"recall = {config.recall!r} is none of {', '.join(RECALL)}")
+    if min(config.budget, config.revisions) < 0:
+        raise DataError("budget and revisions cannot be negative")
     if config.temperature <= 0 or config.samples < 1 or config.max_new_tokens < 1:
         raise DataError("temperature, samples and max_new_tokens must be positive")
     model, vocabulary, state = load_model(config.run, pick_device(config.device))
@@ -139,10 +147,13 @@ def main(argv: list[str]) -> None:
         raise DataError(f"the model in {config.run} has no observer, so it cannot introspect: train one with --observer=quarters")
     window = columns_in_view(Config(**state["config"]), vocabulary) if config.window < 0 else config.window
     thinking = dataclasses.replace(
-        as_trained(state, vocabulary), mode=config.mode, greedy=config.greedy, window=window, temperature=config.temperature, top_k=config.top_k
-    )
+        as_trained(state, vocabulary), mode=config.mode, greedy=config.greedy, window=window, temperature=config.temperature, top_k=config.top_k,
+        budget=config.budget, revisions=config.revisions, **RECALL[config.recall],
+    )  # fmt: skip
     generator = torch.Generator(model.embedding.weight.device).manual_seed(config.seed)
-    watch = stream_to(vocabulary, config.show_thoughts) if len(ids) == 1 else None
+    watch = None
+    if len(ids) == 1 and not (model.config.revise and config.revisions):  # what is printed cannot be taken back
+        watch = stream_to(vocabulary, model.config.n_think, config.show_thoughts)
     if watch:
         watch(ids[0][0])
     try:
@@ -150,7 +161,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         raise DataError(str(error)) from None
     for row, (prompt, answer) in enumerate(zip(ids, answers)):
-        shown = show(roll, row, vocabulary, sys.stdout.isatty()) if config.show_thoughts else vocabulary.decode(prompt + answer)
+        shown = show(roll, row, vocabulary, model.config.n_think, sys.stdout.isatty()) if config.show_thoughts else vocabulary.decode(prompt + answer)
         print("" if watch else shown)
         if config.introspect:
             print("  " + introspect(model, roll, row, len(prompt), vocabulary, window))

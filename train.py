@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split, load_vocabulary
-from model import GPT, GPTConfig, Noise, Rollout, Thinking, draw_noise, from_gpt2, parallel_rollout, rollout
+from model import GPT, GPTConfig, Noise, Output, Rollout, Thinking, draw_noise, from_gpt2, load_dice, parallel_rollout, read, rollout, speak
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -45,6 +45,7 @@ from model import GPT, GPTConfig, Noise, Rollout, Thinking, draw_noise, from_gpt
 class Config:
     data: str = "data/arithmetic"  # folder with meta.json, train.bin, val.bin
     block: int = 64  # tokens in a window of a text; rows have lengths of their own
+    demonstrate: float = 1.0  # share of the rows with demonstrated thoughts whose thoughts are kept and supervised; in the rest they are left to be discovered
     out: str = "out/chain"  # folder for everything that is written
     plain: str = ""  # folder of a finished plain run, shown beside this one in the report
     init_from: str = ""  # begin with the weights in this folder, of a model with fewer thoughts or none; or hf:NAME, GPT-2 weights of Hugging Face
@@ -63,6 +64,10 @@ class Config:
     n_positions: int = 0  # 0: rotary positions; above: learned ones, for so many columns, as GPT-2 has
     observer: str = ""  # layers that the observer head watches: "quarters" of the depth, or "0,1"; "" is no observer
     observer_shapes: bool = False  # gradients that reach the observer go on into the layers it watches
+    window: int = 0  # columns in view, in training and after; 0 for all
+    done: bool = False  # a run of thoughts ends with DONE, chosen among the thoughts; else by the gate
+    recall: bool = False  # RECALL, a column that sees past the window and past a cut
+    revise: bool = False  # REVISE, a word that takes the last word back
     # optimisation
     steps: int = 1500
     batch_tokens: int = 1536  # real tokens a step and process, all rollouts counted: many short rows or few long ones
@@ -94,11 +99,14 @@ class Config:
     split_every: int = 60  # steps between splits of an overused thought, while levels are being added or, without curriculum, in the first half of the free phase; 0 never
     free: float = 0.4  # share of the steps, at least, in which thoughts are free and the gate is not trained
     think_cost: float = 0.05  # price of a thought, in nats
+    recall_cost: float = 0.2  # price of a RECALL, in nats
+    hold_recall: float = 0.3  # probability of a RECALL, as long as it is free
     gate_weight: float = 1.0  # weight of the gate's policy gradient
     horizon: int = 0  # real tokens whose loss a thought is rewarded by; 0 is all that follow
     explore: float = 0.0  # in the paid phase, probability at which the gate does the one thing, and the other, whatever it says
     baseline: str = "leave_one_out"  # of the gate's policy gradient: leave_one_out | observer | both
     observer_weight: float = 1.0  # weight of the observer's error in what it reads off
+    corrupt: float = 0.1  # with REVISE: share of the answer's tokens that are tried with a wrong word in their place, to be taken back
     rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
     rollout: str = "auto"  # sequential | parallel, one and the same rollout found in two ways | auto: parallel on a GPU, or where rows are few
     # habits
@@ -236,21 +244,15 @@ def draw_cuts(roll: Rollout, prompt: Tensor, forget: float, last: float = 0.0, e
     return F.pad(cut[:, :-1], (1, 0))  # the thought stands one column behind the token it follows
 
 
-def forgetting_mask(cut: Tensor) -> Tensor:
-    """(B, C) cuts -> (B, 1, C, C), True where a query sees a key: causal, and not across a cut."""
-    segment = cut.cumsum(dim=1)  # (B, C)
-    return ((segment[:, :, None] == segment[:, None, :]).tril())[:, None]
-
-
-def echo(model: GPT, roll: Rollout, thoughts: Tensor, scale: float = 1.0) -> Tensor:
+def echo(model: GPT, roll: Rollout, thoughts: Tensor, chosen: Tensor, scale: float = 1.0) -> Tensor:
     """
     Straight-through embeddings of the streams: E[z] + scale * (p - stop_gradient(p)) @ E_thoughts for a thought z, p = softmax of
-    the logits (B, C, K) that chose it in pass 1. The value is E[z]; backward, whatever is said later reaches those logits.
+    the logits (B, C, K) that chose it in pass 1, at the columns `chosen` (B, C). The value is E[z]; backward, whatever is said later reaches those logits.
     -> (B, C, n_embd). After Bengio et al. 2013, arXiv:1308.3432.
     """
     p = thoughts.softmax(dim=-1)
     carry = (p - p.detach()) @ model.embedding.weight[model.config.vocab_size :].detach()  # all zeros
-    carry = torch.where(roll.thinks[..., None], scale * carry, 0)
+    carry = torch.where(chosen[..., None], scale * carry, 0)
     return model.embedding(roll.stream) + F.pad(carry, (0, 0, 1, 0))[:, :-1]  # a thought stands one column behind its logits
 
 
@@ -273,11 +275,11 @@ def weighted(loss: Tensor, roll: Rollout, answer: Tensor, prompt_weight: float, 
     """
     Weighted mean of the (B, C) loss over `answer` (B, C), the answers' columns, plus prompt_weight times that over the others -> scalar.
 
-    A column that goes on to think is charged, too, for what it would have said, with the weight `charge_thinking`. That closes a leak: in
+    A column that goes on to think, or to recall, is charged, too, for what it would have said, with the weight `charge_thinking`. That closes a leak: in
     pass 2 a later thought, thought in full view, may know the answer, but the column before it must do with the thought at the cut. And the
     gate's choice is between two things that are both trained. A weight of 0 leaves the leak open.
     """
-    charge = torch.where(roll.thinks, charge_thinking, 1.0) * roll.valid
+    charge = torch.where(roll.speaks, 1.0, charge_thinking) * roll.valid
     return mean(loss, charge * answer) + prompt_weight * mean(loss, charge * ~answer)
 
 
@@ -287,12 +289,12 @@ def at_positions(value: Tensor, roll: Rollout) -> Tensor:
     return value.new_zeros(B, T + 1).scatter_add(1, roll.pointer, value * (roll.holds_real & roll.valid))
 
 
-def return_to_go(loss: Tensor, roll: Rollout, think_cost: float, horizon: int = 0) -> Tensor:
+def return_to_go(loss: Tensor, roll: Rollout, think_cost: float, horizon: int = 0, recall_cost: float = 0.0) -> Tensor:
     """
-    (B, C): minus the (B, C) loss of all real tokens said from this column on, minus the price of all thoughts decided from it on;
-    with a horizon, of so many real tokens only, and of the thoughts before the last of them.
+    (B, C): minus the (B, C) loss of all real tokens said from this column on, minus the price of all thoughts and RECALLs decided from it on;
+    with a horizon, of so many real tokens only, and of the thoughts and RECALLs before the last of them.
     """
-    reward = -loss * roll.speaks - think_cost * roll.thinks
+    reward = -loss * roll.speaks - think_cost * roll.thinks - recall_cost * roll.recalls
     returns = reward.flip(1).cumsum(1).flip(1)
     if not horizon:
         return returns
@@ -377,22 +379,73 @@ def information_kept(thoughts: Tensor, where: Tensor) -> Tensor:
     return entropy(total(p.sum(dim=0)) / count) - total(entropy(p).sum()) / count
 
 
+def wrong_words(batch: Batch, V: int, corrupt: float, generator=None) -> Tensor:
+    """
+    -> (B, T): a wrong word for some of the real tokens, -1 for the others. Those that the data hold, and else, with the probability `corrupt`, one of the
+    other words; of a row with an answer only in the answer, since nobody takes back what it was asked.
+    """
+    B, T = batch.real.shape
+    place = torch.arange(T, device=batch.real.device)
+    own = (place >= torch.where(batch.prompt < batch.length, batch.prompt, 1)[:, None]) & (place < batch.length[:, None])
+    tries = torch.rand(B, T, generator=generator, device=place.device) < corrupt
+    other = torch.randint(1, V, (B, T), generator=generator, device=place.device)
+    drawn = torch.where(own & tries, (batch.real + other) % V, -1)
+    return torch.where(batch.wrong >= 0, batch.wrong, drawn)
+
+
+def with_wrong_words(roll: Rollout, wrong: Tensor, window: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """
+    Put wrong words (B, T), -1 for none, behind the streams, as columns of their own. Each stands right behind the column that says the true one, at that
+    position, and sees what came before; nobody sees it. So all else is as if it had never been.
+    -> token ids (B, E), which of them are there (B, E); positions (B, C + E) and mask (B, 1, C + E, C + E) of all columns.
+    """
+    (B, C), device = roll.stream.shape, wrong.device
+    column, after = torch.arange(C, device=device), (~roll.opens).cumsum(dim=1)  # (B, C) the position behind each column
+    speaker = torch.zeros(B, wrong.size(1) + 1, dtype=torch.long, device=device).scatter_add(1, roll.pointer, column * roll.speaks)  # (B, T + 1)
+    E = max(1, int((wrong >= 0).sum(dim=1).max()))
+    place = (wrong >= 0).int().argsort(dim=1, descending=True, stable=True)[:, :E]  # (B, E) those that are there, in order, then others
+    word, behind = wrong.gather(1, place), speaker.gather(1, place)
+    position = torch.cat([roll.position, after.gather(1, behind)], dim=1)
+    back = position[:, C:, None] - position[:, None, :C]  # (B, E, C) columns ago
+    sees = (column <= behind[..., None]) & ~roll.opens[:, None] & (back < (window or C + 1))
+    mask = roll.view(window)
+    mask = (column[:, None] >= column).expand(B, C, C) if mask is None else mask[:, 0]
+    alone = torch.eye(E, dtype=torch.bool, device=device).expand(B, E, E)
+    rows = torch.cat([F.pad(mask, (0, E)), torch.cat([sees, alone], dim=2)], dim=1)
+    return word.clamp(min=0), word >= 0, position, rows[:, None]
+
+
+def first_pass(model: GPT, here: Tensor, roll: Rollout, batch: Batch, config: Config, generator=None) -> tuple[Output, Tensor]:
+    """Pass 1 over the embedded streams (B, C, n_embd), and with REVISE over wrong words beside them -> output of the streams, loss of not taking those back."""
+    if not config.revise:
+        return read(model, roll, config.window, x=here), here.new_zeros(())
+    C, V = roll.stream.size(1), model.config.vocab_size
+    word, there, position, mask = with_wrong_words(roll, wrong_words(batch, V, config.corrupt, generator), config.window)
+    out = model(torch.cat([here, model.embedding(word)], dim=1), mask, position=position)
+    regret = -out.words[:, C:].log_softmax(dim=-1)[..., V]  # (B, E)
+    asked = roll.valid & ((roll.pointer >= batch.prompt[:, None]) | (batch.prompt >= batch.length)[:, None])  # weigh a wrong word like a right one
+    return Output(*(part[:, :C] for part in out)), total((regret * there).sum()) / total(asked.sum()).clamp(min=1)
+
+
 def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: bool, generator=None) -> tuple[Tensor, dict]:
     """All of a training step but the rollout and the optimiser -> loss, {name: number} and "row_loss" (B,) for the log."""
     answer = roll.valid & (roll.pointer >= batch.prompt[:, None])  # (B, C) columns that would say a token of the answer
+    shown = batch.shown[:, None]  # (B, 1) the row's thoughts are demonstrated
     here = model.embedding(roll.stream)  # (B, C, n_embd)
-    full = model(here)  # pass 1
+    full, regret = first_pass(model, here, roll, batch, config, generator)  # pass 1
     loss_full = loss_kept = word_loss(full.words, roll)
-    loss = weighted(loss_full, roll, answer, config.prompt_weight, config.charge_thinking)
+    loss = weighted(loss_full, roll, answer, config.prompt_weight, config.charge_thinking) + regret
     right = ((full.words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)).all(dim=1)
     log = {"loss": loss.item(), "accuracy": mean(right.float(), torch.ones_like(right)).item()}
+    if config.revise:
+        log["regret"] = regret.item()
 
     if model.config.n_think:  # pass 2
-        x = echo(model, roll, full.thoughts, config.echo_scale) if config.thought_grad == "echo" else roll.stream
+        x = echo(model, roll, full.thoughts, roll.thinks & ~shown, config.echo_scale) if config.thought_grad == "echo" else roll.stream
         forget = config.forget_paid if paid else config.forget
         cut = draw_cuts(roll, batch.prompt, forget, config.cut_last, config.cut_every, generator)
         again = not forget and not config.dropout and not config.compile  # what pass 2 would say was said in pass 1 already
-        kept = full if again else model(x, mask=forgetting_mask(cut))
+        kept = full if again else read(model, roll, config.window, cut, x)
         loss_kept = word_loss(kept.words, roll)
         mean_kept = weighted(loss_kept, roll, answer, config.prompt_weight, config.charge_thinking)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()
@@ -406,12 +459,15 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
 
     weight = torch.where(answer, 1.0, config.prompt_weight)
     cost = loss_full.detach() * weight
-    returns = return_to_go(cost, roll, config.think_cost * paid, config.horizon)
+    returns = return_to_go(cost, roll, config.think_cost * paid, config.horizon, config.recall_cost * paid)
     ahead = full.readings[..., 2].detach() if config.observer else torch.zeros_like(cost)
-    if paid:  # when to think
+    thinking = full.thinking(~(roll.holds_real | roll.opens))  # (B, C) logit
+    if paid:  # when to think, when to recall
         advantage = returns - baseline(returns, cost, ahead, roll, config)
-        action = log_choice(full.gate, roll.thinks, config.explore)
-        loss = loss + config.gate_weight * policy_gradient(action, advantage, roll.decides)
+        choices = policy_gradient(log_choice(thinking, roll.thinks, config.explore), advantage, roll.decides & ~shown) if model.config.n_think else 0.0
+        if config.recall:
+            choices = choices + policy_gradient(log_choice(full.recall, roll.recalls, config.explore), advantage, roll.may_recall)
+        loss = loss + config.gate_weight * choices
     if config.observer:
         worth, known = worth_of_thinking(cost, roll, config.rollouts if paid else 1, config.horizon)
         error = observer_loss(full.readings, (loss_full, worth, -returns), (roll.valid, known, roll.valid))
@@ -419,7 +475,10 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
     if model.config.n_think and config.thought_grad == "reinforce":  # what to think, without the echo
         returns = return_to_go(loss_kept.detach() * weight, roll, 0.0, config.horizon)
         action = thought_log_probability(full.thoughts, roll, model.config.vocab_size)
-        loss = loss + policy_gradient(action, returns - leave_one_out(returns, roll, config.rollouts), roll.thinks)
+        loss = loss + policy_gradient(action, returns - leave_one_out(returns, roll, config.rollouts), roll.thinks & ~shown)
+    if batch.thoughts.size(2):  # what to think, and when, as demonstrated
+        told = thought_log_probability(full.thoughts, roll, model.config.vocab_size)
+        loss = loss - mean(told, roll.thinks & shown) - mean(log_choice(thinking, roll.thinks, 0.0), roll.decides & shown)
 
     log["row_loss"] = (loss_kept.detach() * answer).sum(dim=1) / answer.sum(dim=1).clamp(min=1)
     return loss, log
@@ -460,17 +519,17 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None) -> tu
     """The model answers a batch's prompts by itself -> the rollout, (B,) bool: the whole answer is right."""
     trained = model.training  # a model that came for evaluation only keeps its dropout off
     model.eval()
-    roll = rollout(model, batch.real, batch.prompt, batch.length, thinking, generator)
+    roll = speak(model, batch.real, batch.prompt, batch.length, thinking, generator)
     model.train(trained)
     return roll, (roll.real == batch.real).all(dim=1)
 
 
 @torch.no_grad()
-def token_loss(model: GPT, roll: Rollout) -> Tensor:
-    """-> (B, T - 1): -log p of each real token but the first where it was said, in nats; 0 behind a row's end. Everything in view."""
+def token_loss(model: GPT, roll: Rollout, window: int = 0) -> Tensor:
+    """-> (B, T - 1): -log p of each real token but the first where it was said, in nats; 0 behind a row's end."""
     trained = model.training
     model.eval()
-    loss = word_loss(model(roll.stream).words, roll) * roll.speaks
+    loss = word_loss(read(model, roll, window).words, roll) * roll.speaks
     model.train(trained)
     return loss.new_zeros(len(loss), roll.real.size(1) + 1).scatter_add(1, roll.pointer, loss)[:, 1:-1]
 
@@ -541,10 +600,15 @@ def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]
         raise DataError(f"the checkpoint in {folder} was written by another program or version") from None
 
 
+def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking:
+    """As the model was trained to: by its gate or, as long as that has learned nothing, as often as it is made to."""
+    free = {} if paid else {"hold": config.hold, "hold_recall": config.hold_recall}
+    return Thinking(max_run=config.max_run, after=vocabulary.think_after(), window=config.window, **free)
+
+
 def as_trained(state: dict, vocabulary: Vocabulary) -> Thinking:
-    """How the model of a checkpoint thinks: by its gate or, if that has learned nothing yet, as often as it was made to."""
-    config = Config(**state["config"])
-    return Thinking(max_run=config.max_run, after=vocabulary.think_after(), hold=None if state["progress"]["paid"] else config.hold)
+    """How the model of a checkpoint thinks."""
+    return how_to_think(Config(**state["config"]), vocabulary, state["progress"]["paid"])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -556,7 +620,8 @@ def rolls_in_parallel(config: Config, device: str, rows: int) -> bool:
     Sequential, a column costs what it costs to call the network, and its rows' share; parallel, there are few calls, but a column is computed again in
     every pass. On a CPU the calls are dear for few rows only (bench.py shows where), on a GPU for all. Dropout allows no second pass.
     """
-    return config.rollout == "parallel" or config.rollout == "auto" and not config.dropout and (device != "cpu" or rows <= 16)
+    possible = not (config.dropout or config.window or config.recall)
+    return config.rollout == "parallel" or config.rollout == "auto" and possible and (device != "cpu" or rows <= 16)
 
 
 class Trainer:
@@ -566,8 +631,8 @@ class Trainer:
             raise DataError(f"thought_grad = {config.thought_grad!r} is neither echo nor reinforce")
         if config.rollout not in ("sequential", "parallel", "auto"):
             raise DataError(f"rollout = {config.rollout!r} is none of sequential, parallel, auto")
-        if config.rollout == "parallel" and config.dropout:
-            raise DataError("rollout = parallel needs dropout = 0: a pass must say twice what it said once")
+        if config.rollout == "parallel" and (config.dropout or config.window or config.recall):
+            raise DataError("rollout = parallel needs dropout = 0, window = 0 and recall = false: a pass must say twice what it said once")
         if config.baseline not in ("leave_one_out", "observer", "both"):
             raise DataError(f"baseline = {config.baseline!r} is none of leave_one_out, observer, both")
         if config.baseline != "leave_one_out" and not config.observer:
@@ -576,8 +641,11 @@ class Trainer:
             torch.set_num_threads(config.threads)
         self.meta = load_meta(config.data)
         self.vocabulary = load_vocabulary(self.meta)
-        self.train_rows, self.val_rows = (load_split(config.data, split, self.vocabulary, config.block) for split in ("train", "val"))
-        columns = max(map(self.train_rows.longest, self.train_rows.levels)) * (1 + config.max_run * (config.n_think > 0))
+        self.train_rows, self.val_rows = (load_split(config.data, s, self.vocabulary, config.block, config.demonstrate) for s in ("train", "val"))
+        told, symbols = self.train_rows.first(1, self.train_rows.levels[0]).thoughts.size(2), len(self.meta.get("thoughts", []))
+        if config.demonstrate and config.n_think and (told > config.max_run or symbols > config.n_think):
+            raise DataError(f"the data demonstrate {symbols} thoughts, up to {told} in a row: more than n_think = {config.n_think}, max_run = {config.max_run}")
+        columns = max(map(self.train_rows.longest, self.train_rows.levels)) * (1 + config.max_run * (config.n_think > 0) + config.recall)
         if config.n_positions and config.n_positions < columns:
             raise DataError(f"n_positions = {config.n_positions} is too few: a stream of these data may have {columns} columns")
         torch.manual_seed(config.seed)
@@ -594,11 +662,14 @@ class Trainer:
         self.clipped = [[p for watching, p in named if watching == which] for which in (False, True)]
         self.generator = torch.Generator().manual_seed(config.seed)  # rows
         self.noise = torch.Generator(self.device).manual_seed(config.seed)  # rollouts, cuts
-        self.thinking = Thinking(max_run=config.max_run, after=self.vocabulary.think_after())
         self.step, self.seconds, self.paid = 0, 0.0, False
         self.reached = 1 if config.curriculum else len(self.train_rows.levels)  # levels in use
         self.average = 2.0  # moving average of the loss of the longest level in use
         self.usage = torch.ones(config.n_think) / max(1, config.n_think)
+
+    @property
+    def thinking(self) -> Thinking:
+        return how_to_think(self.config, self.vocabulary, self.paid)
 
     def schedule(self) -> float:
         """Share of the peak learning rates: linear warm-up, then cosine decay."""
@@ -607,21 +678,22 @@ class Trainer:
 
     def train_step(self) -> dict:
         c = self.config
-        several = c.rollouts if c.n_think and (self.paid or c.thought_grad == "reinforce") else 1
+        several = c.rollouts if self.model.gate is not None and (self.paid or c.thought_grad == "reinforce") else 1
         levels = self.train_rows.levels[: self.reached]
         rows = max(WORLD, WORLD * c.batch_tokens // self.train_rows.longest(levels[-1]) // several)
         first, end = (several * (rows * rank // WORLD) for rank in (RANK, RANK + 1))  # a row's rollouts stay together
         whole = self.train_rows.draw(rows, levels, self.generator).to(self.device).repeat(several)
         batch = Batch(*(part[first:end] for part in whole))
-        thinking = dataclasses.replace(self.thinking, hold=None if self.paid else c.hold, explore=c.explore)
-        noise = None
-        if c.n_think:
-            noise = Noise(*(part[first:end] for part in draw_noise(self.model, len(whole.real), whole.real.size(1) * c.max_run, thinking, self.noise)))
+        thinking, noise = dataclasses.replace(self.thinking, explore=c.explore), None
+        if self.model.gate is not None:
+            noise = Noise(*(part[first:end] for part in draw_noise(self.model, *whole.real.shape, thinking, self.noise)))
+        if c.n_think and batch.thoughts.size(2):
+            noise = load_dice(noise, batch.thoughts, batch.shown)
         if rolls_in_parallel(c, self.device, len(batch.real)):
             roll, passes = parallel_rollout(self.model, batch.real, batch.length, thinking, noise=noise)
         else:
-            roll = rollout(self.model, batch.real, batch.length, batch.length, thinking, noise=noise)
-            passes = roll.stream.size(1) * bool(c.n_think)
+            roll = rollout(self.model, batch.real, batch.length, thinking, noise=noise)
+            passes = roll.stream.size(1) * (self.model.gate is not None)
         loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak_lr"] * self.schedule()
@@ -635,6 +707,8 @@ class Trainer:
         self.optimiser.step()
         tokens = total(roll.speaks.sum()).item()
         log |= {"step": self.step, "paid": self.paid, "level": levels[-1], "thoughts_per_token": total(roll.thinks.sum()).item() / tokens, "tokens": tokens}
+        if c.recall:
+            log["recalls_per_token"] = total(roll.recalls.sum()).item() / tokens
         log["passes_per_column"] = passes / roll.stream.size(1)  # of this process
         self.grow(batch, log.pop("row_loss"))
         if c.n_think:
@@ -650,7 +724,7 @@ class Trainer:
         mastered = self.average < self.config.mastered or not self.config.curriculum
         if mastered and self.reached < len(self.train_rows.levels):
             self.reached, self.average = self.reached + 1, 1.0
-        elif mastered and self.config.n_think and self.step >= self.config.free * self.config.steps:
+        elif mastered and self.model.gate is not None and self.step >= self.config.free * self.config.steps:
             self.paid = True
 
     def split(self, roll: Rollout) -> None:
@@ -666,10 +740,9 @@ class Trainer:
         own, result = torch.Generator(self.device).manual_seed(0), {}
         for level in self.val_rows.levels:
             batch = self.val_rows.first(self.config.eval_rows, level).to(self.device)
-            thinking = dataclasses.replace(self.thinking, greedy=True, hold=None if self.paid else self.config.hold)
-            roll, right = evaluate(self.model, batch, thinking, own)
+            roll, right = evaluate(self.model, batch, dataclasses.replace(self.thinking, greedy=True), own)
             asked = (batch.prompt < batch.length).any()
-            result[level] = round((right.float().mean() if asked else token_loss(self.model, roll).mean()).item(), 4)
+            result[level] = round((right.float().mean() if asked else token_loss(self.model, roll, self.config.window).mean()).item(), 4)
         return result
 
     # everything that a resumed run needs to equal one that was never stopped
@@ -698,7 +771,7 @@ class Trainer:
 
 
 def progress_line(log: dict, config: Config, tokens_per_second: float, seconds_left: float) -> str:
-    phase = "" if not config.n_think else "  paid" if log["paid"] else "  free"
+    phase = "" if not (config.n_think or config.recall) else "  paid" if log["paid"] else "  free"
     return (
         f"step {log['step']:5d}{phase}  level {log['level']:2d}  loss {log['loss']:.3f}  accuracy {log['accuracy']:.2f}  "
         f"thoughts/token {log['thoughts_per_token']:.2f}  {tokens_per_second:,.0f} tokens/s  {seconds_left:.0f} s left"

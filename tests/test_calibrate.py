@@ -31,15 +31,15 @@ def rows():
 
 def test_two_rollouts_that_differ_in_one_decision(tiny):
     model, (real, length) = tiny(observer="quarters"), rows()
-    policy = rollout(model, real, length, length, Thinking(greedy=True), torch.Generator())
+    policy = rollout(model, real, length, Thinking(greedy=True), torch.Generator())
     column = policy.decides.float().argmax(dim=1)
     for thinks in (False, True):
         with decided(model, column, thinks):
-            told = rollout(model, real, length, length, Thinking(greedy=True), torch.Generator())
+            told = rollout(model, real, length, Thinking(greedy=True), torch.Generator())
         assert (told.thinks.gather(1, column[:, None]) == thinks).all()
         for row in range(20):
             assert (told.stream[row, : column[row] + 1] == policy.stream[row, : column[row] + 1]).all(), "what came before is the same"
-    assert torch.equal(rollout(model, real, length, length, Thinking(greedy=True), torch.Generator()).stream, policy.stream), "left as it was"
+    assert torch.equal(rollout(model, real, length, Thinking(greedy=True), torch.Generator()).stream, policy.stream), "left as it was"
 
 
 def test_a_zeroed_observer_is_one_that_nobody_listens_to(tiny):

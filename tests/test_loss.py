@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from data.dataset import Batch
 from model import Rollout, Thinking, rollout
 from train import (
-    Config, baseline, draw_cuts, echo, forgetting_mask, hybrid_loss, information_kept, leave_one_out, log_choice, observer_loss, policy_gradient,
+    Config, baseline, draw_cuts, echo, hybrid_loss, information_kept, leave_one_out, log_choice, observer_loss, policy_gradient,
     return_to_go, thought_log_probability, weighted, word_loss, worth_of_thinking,
 )  # fmt: skip
 
@@ -25,11 +25,11 @@ def roll_of(rows, real, V=5, length=None):
     thinks = F.pad(stream[:, 1:] >= V, (0, 1))
     valid = torch.arange(columns) < torch.tensor([[len(row)] for row in rows])
     decides = valid & (stream < V) & (pointer < length[:, None])
-    return Rollout(stream, pointer.clamp(max=real.size(1)), decides, thinks, valid, real, length)
+    return Rollout(stream, pointer.clamp(max=real.size(1)), decides, thinks, torch.zeros_like(thinks), valid, real, length, torch.zeros(len(real), 0, 2))
 
 
 def batch_of(roll, prompt):
-    return Batch(roll.real, roll.length, torch.full_like(roll.length, prompt), torch.zeros_like(roll.length))
+    return Batch.plain(roll.real, roll.length, torch.full_like(roll.length, prompt), torch.zeros_like(roll.length))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -37,7 +37,8 @@ def batch_of(roll, prompt):
 
 
 def test_the_mask_by_hand():
-    one, none, two = forgetting_mask(torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()).int().tolist()
+    roll = roll_of([[0, 1, 2, 3]] * 3, [[0, 1, 2, 3, 4]] * 3)
+    one, none, two = roll.view(cut=torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()).int().tolist()
     assert one[0] == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert none[0] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert two[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
@@ -46,7 +47,7 @@ def test_the_mask_by_hand():
 def test_nothing_before_the_cut_is_felt_behind_it_except_through_the_cuts_thought(tiny):
     model = tiny()
     x = torch.tensor([[1, 6, 2, 7, 3, 4]])  # the cut is at thought 7, column 3
-    mask = forgetting_mask(torch.tensor([[0, 0, 0, 1, 0, 0]]).bool())
+    mask = roll_of(x.tolist(), [[1, 2, 3, 4]]).view(cut=torch.tensor([[0, 0, 0, 1, 0, 0]]).bool())
     before, thought = x.clone(), x.clone()
     before[0, :3] = torch.tensor([4, 5, 0])
     thought[0, 3] = 5
@@ -78,7 +79,7 @@ def test_the_echo_leaves_the_forward_value_alone(tiny):
     model = tiny()
     roll = roll_of([[0, 5, 1, 7, 2]], [[0, 1, 2, 3]])
     thoughts = model(roll.stream).thoughts
-    torch.testing.assert_close(echo(model, roll, thoughts), model.embedding(roll.stream))
+    torch.testing.assert_close(echo(model, roll, thoughts, roll.thinks), model.embedding(roll.stream))
 
 
 def test_the_echos_gradient_is_the_straight_through_one(tiny):
@@ -86,7 +87,7 @@ def test_the_echos_gradient_is_the_straight_through_one(tiny):
     model = tiny()
     roll = roll_of([[0, 5, 1, 7, 2]], [[0, 1, 2, 3]])
     logits = torch.randn(1, 5, 3, requires_grad=True)
-    x = echo(model, roll, logits, scale=2.0)
+    x = echo(model, roll, logits, roll.thinks, scale=2.0)
     x.retain_grad()
     (model(x).words ** 2).sum().backward()
     E, p = model.embedding.weight[5:].detach(), logits.detach().softmax(-1)
@@ -241,7 +242,7 @@ def test_a_plain_model_pays_cross_entropy_and_nothing_else(tiny):
     model = tiny(n_think=0)
     real = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     length = torch.tensor([4, 4])
-    roll = rollout(model, real, length, length, Thinking())
+    roll = rollout(model, real, length, Thinking())
     loss, _ = hybrid_loss(model, roll, batch_of(roll, 1), Config(n_think=0), paid=False)
     words = model(real[:, :-1]).words
     torch.testing.assert_close(loss, F.cross_entropy(words.flatten(0, 1), real[:, 1:].flatten()))
@@ -254,7 +255,7 @@ def test_who_gets_a_gradient(tiny, paid, thought_grad):
     model = tiny(4).train()
     real = torch.randint(5, (8, 6), generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0)
     length = torch.full((32,), 6)
-    roll = rollout(model, real, length, length, Thinking(), torch.Generator().manual_seed(0))
+    roll = rollout(model, real, length, Thinking(), torch.Generator().manual_seed(0))
     config = Config(n_think=3, thought_grad=thought_grad, rollouts=4)
     hybrid_loss(model, roll, batch_of(roll, 4), config, paid, torch.Generator().manual_seed(0))[0].backward()
     assert model.head.weight.grad[5:].abs().sum() > 0

@@ -15,7 +15,7 @@ from test_data import refused
 from data.dataset import Vocabulary
 from model import KVCache, Rollout, Thinking, generate, rollout
 from observe import draw, look, page, shown, trace
-from sample import introspect, view
+from sample import introspect
 
 LETTERS = Vocabulary({"vocab": list("abcde")})
 
@@ -32,7 +32,9 @@ def answer(model, window=0, prompt=(0, 1, 2), max_run=2) -> Rollout:
 def test_looking_changes_nothing_and_the_last_layer_says_what_the_model_says(tiny, n_think, observer, window):
     model = tiny(n_think=n_think, observer=observer)
     stream = torch.randint(5 + n_think, (2, 9), generator=torch.Generator().manual_seed(0))
-    plain, (output, sight) = model(stream, mask=view(9, window)), look(model, stream, view(9, window))
+    c = torch.arange(9)
+    band = (c[:, None] >= c) & (c[:, None] - c < (window or 9))
+    plain, (output, sight) = model(stream, mask=band), look(model, stream, band)
     assert all(torch.equal(a, b) for a, b in zip(plain, output))
     p = plain.words.softmax(dim=-1).topk(3)
     assert torch.equal(sight.words[:, :, -1], p.indices)
@@ -101,7 +103,7 @@ def test_a_trace_is_of_the_model_that_answered_column_by_column(tiny, window):
 def test_what_a_model_does_not_have_its_trace_does_not_hold(tiny):
     ids = torch.tensor([[0, 1, 2, 3]])
     for model in (tiny(n_think=0), tiny(n_think=0, observer="quarters"), tiny()):
-        roll = rollout(model, ids, torch.tensor([4]), torch.tensor([4]), Thinking(greedy=True))
+        roll = rollout(model, ids, torch.tensor([4]), Thinking(greedy=True))
         found = trace(model, roll, 4, LETTERS)
         column = found["columns"][0]
         assert ("gate" in column) == bool(model.config.n_think) and ("coming" in column) == bool(model.config.observer)
@@ -211,7 +213,7 @@ def test_hostile_text_is_shown_and_never_run(tiny, browse, tmp_path):
     vocabulary = Vocabulary({"vocab": HOSTILE})
     model = tiny(vocab_size=len(HOSTILE), observer="quarters")
     ids = torch.arange(len(HOSTILE))[None]
-    roll = rollout(model, ids, torch.tensor([8]), torch.tensor([8]), Thinking(greedy=True))
+    roll = rollout(model, ids, torch.tensor([8]), Thinking(greedy=True))
     found = {"task": HOSTILE[0], "run": "", "step": 0, "notes": [HOSTILE[6]], "rows": [trace(model, roll, 8, vocabulary)]}
     draw(found, tmp_path / "trace.png")  # a $ starts no formula
     script = "for (const t of shown.keys()) t.click()\nresult = [typeof owned, [...shown].filter(([t, x]) => !x.thought).map(([t]) => t.textContent).join(''), document.images.length]"

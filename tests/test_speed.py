@@ -38,7 +38,7 @@ def test_the_parallel_rollout_is_the_sequential_one(tiny, seed):
             max_run=pick([1, 2, 3]),
             after=pick([None, torch.rand(5, generator=draw) < 0.6]),
         )
-        slow = rollout(model, real, length, length, thinking, seeded(case))
+        slow = rollout(model, real, length, thinking, seeded(case))
         fast, passes = parallel_rollout(model, real, length, thinking, seeded(case))
         for name, a, b in zip(slow._fields, slow, fast):
             assert torch.equal(a, b), f"{name} differs in case {case}: {thinking}"
@@ -98,8 +98,8 @@ def test_with_nothing_forgotten_the_second_pass_is_saved_and_every_gradient_is_t
     found = []
     for forget in (0.0, 1e-30):
         model = tiny(4, observer="quarters").double().train()
-        roll = rollout(model, real, length, length, Thinking(), seeded(0))
-        batch = Batch(real, length, length // 2, torch.ones_like(length))
+        roll = rollout(model, real, length, Thinking(), seeded(0))
+        batch = Batch.plain(real, length, length // 2, torch.ones_like(length))
         config = Config(n_think=3, thought_grad=thought_grad, observer="quarters", forget=forget, forget_paid=forget, echo_scale=2.0)
         passes = []
         model.norm.register_forward_hook(lambda *_: passes.append(1))
@@ -138,6 +138,6 @@ def test_the_peer_without_a_cache_walks_the_same_columns(tiny):
     model, columns = tiny(2), 13
     real, length = torch.randint(5, (3, 7), generator=seeded(0)), torch.full((3,), 7)
     thinking = Thinking(hold=1.0, greedy=True)
-    roll = rollout(model, real, length, length, thinking)
+    roll = rollout(model, real, length, thinking)
     stream = bench.without_cache(model, real, columns, None, choose=lambda logits, _: logits.argmax(dim=-1))
     assert torch.equal(stream[:, :12], roll.stream) and torch.equal(stream[:, 12], real[:, 6])

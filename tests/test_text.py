@@ -149,7 +149,7 @@ def test_the_reported_nats_are_those_of_each_window_alone(verses):
     thinking, slow = Thinking(greedy=True), []
     for row in text.first(8, 12).real:
         length = torch.tensor([len(row)])
-        roll = rollout(model, row[None], length, length, thinking)
+        roll = rollout(model, row[None], length, thinking)
         words = model(roll.stream).words[0].log_softmax(-1)
         slow += [-words[c, row[p]].item() for c, p in enumerate(roll.pointer[0]) if roll.speaks[0, c]]
     found = nats(model, text, thinking, vocabulary, ReportConfig(text_windows=8, device="cpu"))

@@ -1,0 +1,187 @@
+"""
+What control tokens are worth: is RECALL used where it helps, does REVISE mend, does the answer follow the thought, does anything hidden ever show?
+
+  python control.py --run=out/recall          writes control.json into the run's folder
+  python control.py --hidden=5000             no run: random models and prompts, and whether a thought or control token was ever said
+
+Measured on validation rows, which training never drew, by a generator of its own. What does not apply to a model is left out.
+Not here: the loop that is measured (`speak` in model.py).
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.dataset import Batch, DataError, Rows, load_split
+from model import GPT, GPTConfig, Noise, Rollout, Thinking, generate, rollout, speak
+from train import Config, as_trained, evaluate, load_config, load_model, pick_device, run, token_loss
+
+
+@dataclass
+class ControlConfig:
+    run: str = "out/recall"
+    rows: int = 500  # validation rows a level
+    samples: int = 8  # of each row, at temperature 1, for REVISE
+    revisions: int = 8  # words an answer may take back
+    hidden: int = 0  # random models to try, instead of a run
+    device: str = "auto"
+
+
+def recall(model: GPT, split: Rows, thinking: Thinking, config: Config, rows: int) -> dict:
+    """
+    {how: answers right, RECALLs at the answer's first token, elsewhere (per token), cost: nats of the answer plus the price of all RECALLs, per row}:
+    by the gate, never, always, and as many as by the gate at random places.
+    """
+    result, share = {}, 0.0
+    for how in ("policy", "never", "always", "scattered"):
+        hold = {"policy": None, "never": 0.0, "always": 1.0, "scattered": share}[how]
+        parts, how_to = [], dataclasses.replace(thinking, hold_recall=hold, greedy=True)
+        for level in split.levels:
+            batch, generator = split.first(rows, level).to(model.embedding.weight.device), torch.Generator(model.embedding.weight.device).manual_seed(level)
+            _, right = evaluate(model, batch, how_to, generator)
+            roll = rollout(model, batch.real, batch.length, how_to, generator)
+            asked = roll.pointer == batch.prompt[:, None]
+            answer = torch.arange(1, batch.real.size(1), device=right.device) >= batch.prompt[:, None]
+            nats = (token_loss(model, roll, config.window) * answer).sum(dim=1)
+            at, all_of_them = (roll.recalls & asked).sum(dim=1), roll.recalls.sum(dim=1)
+            elsewhere = (all_of_them - at) / (batch.length - 2)  # a row has that many other tokens to say
+            parts.append(torch.stack([right, at, elsewhere, nats + config.recall_cost * all_of_them, all_of_them / (batch.length - 1)]).double().mean(dim=1))
+        accuracy, at, elsewhere, cost, rate = torch.stack(parts).mean(dim=0).tolist()
+        share = rate if how == "policy" else share
+        result[how] = {"accuracy": accuracy, "at the question": at, "elsewhere": elsewhere, "cost": cost}
+    return result
+
+
+def revise(model: GPT, batch: Batch, thinking: Thinking, samples: int, revisions: int) -> dict:
+    """
+    Exact match of sampled answers, temperature 1, with REVISE and without; of the wrong words said the share that was taken back, and of the right ones.
+    `first` counts a row by the first words it said, whatever it took back.
+    """
+    batch, device = batch.repeat(samples), model.embedding.weight.device
+    batch, result = batch.to(device), {}
+    for name, allowed in (("forbidden", 0), ("allowed", revisions)) if model.config.revise else (("forbidden", 0),):
+        how_to = dataclasses.replace(thinking, greedy=False, revisions=allowed)
+        roll, right = evaluate(model, batch, how_to, torch.Generator(device).manual_seed(0))
+        result[name] = right.double().mean().item()
+    if model.config.revise:
+        place, word = roll.taken.unbind(-1)  # (B, R)
+        truth = batch.real.gather(1, place.clamp(min=0))
+        false, caught = ((place >= 0) & (word == truth)).sum().item(), ((place >= 0) & (word != truth)).sum().item()
+        answer = torch.arange(batch.real.size(1), device=device) >= batch.prompt[:, None]
+        answer = answer & (torch.arange(batch.real.size(1), device=device) < batch.length[:, None])
+        said_right, said_wrong = ((roll.real == batch.real) & answer).sum().item(), ((roll.real != batch.real) & answer).sum().item()
+        result |= {"errors gone": 1 - (1 - result["allowed"]) / max(1e-9, 1 - result["forbidden"])}
+        result |= {"false revisions": false / max(1, said_right + false), "caught": caught / max(1, said_wrong + caught), "taken back a row": (false + caught) / len(right)}
+    return result
+
+
+def told(roll: Rollout, batch: Batch, V: int, K: int, runs: int, donor: Tensor) -> tuple[Noise, Tensor]:
+    """
+    Dice loaded so that each row thinks again, up to the token before the last of its prompt, what it thought in `roll`; but behind that token, what the
+    row `donor` (B,) thought there. -> noise for `speak`, greedy, and in which rows there was such a thought to take (B,) bool.
+    """
+    B, T = batch.real.shape
+    c = torch.arange(roll.stream.size(1), device=donor.device)
+    run = c - torch.where(roll.holds_real, c, 0).cummax(dim=1).values  # (B, C) thoughts behind the last real token so far
+    place = (roll.pointer - 1) * runs + run
+    thoughts = torch.full((B, T * runs), -1, device=donor.device)
+    thought = F.pad(roll.stream[:, 1:] - V, (0, 1))
+    index, value = place[roll.thinks], thought[roll.thinks]
+    thoughts[torch.arange(B, device=donor.device)[:, None].expand_as(place)[roll.thinks], index] = value
+    thoughts, before = thoughts.view(B, T, runs), batch.prompt - 2  # behind the last token but one: in a chain, the last operation
+    rows = torch.arange(B, device=donor.device)
+    own, other = thoughts[rows, before], thoughts[donor, before[donor]]  # (B, runs)
+    thoughts[rows, before] = other
+    known = (torch.arange(T, device=donor.device) <= before[:, None])[..., None].expand_as(thoughts).flatten(1)  # (B, places)
+    flat = thoughts.flatten(1)
+    think = torch.where(known, torch.where(flat >= 0, -1.0, 2.0), 0.5)
+    choice = torch.where(F.one_hot(flat.clamp(min=0), K).bool() | ~known[..., None], 0.0, -torch.inf)
+    return Noise(think, choice, think[:, :0]), (own[:, 0] >= 0) & (other[:, 0] >= 0)
+
+
+def follow(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
+    """
+    {level: {"rows", "follows", "keeps"}}: give each row, just before it answers, the thought of another row with another answer. Share of rows that then give
+    the other row's answer, and share that give their own: rows that were right by themselves, and whose donor was.
+    """
+    result, config = {}, model.config
+    for level in split.levels:
+        batch, generator = split.first(rows, level).to(model.embedding.weight.device), torch.Generator(model.embedding.weight.device).manual_seed(level)
+        greedy = dataclasses.replace(thinking, greedy=True)
+        roll, right = evaluate(model, batch, greedy, generator)
+        donor = torch.arange(len(right), device=right.device).roll(1)
+        noise, there = told(roll, batch, config.vocab_size, config.n_think, greedy.max_run, donor)
+        again = speak(model, batch.real, batch.prompt, batch.length, greedy, generator, noise=noise)
+        same = lambda a, b: (a == b)[:, int(batch.prompt.min()) :].all(dim=1)  # noqa: E731
+        others = batch.real[donor]
+        asked = there & right & right[donor] & ~same(batch.real, others) & (batch.prompt == batch.prompt[donor])
+        if asked.any():
+            counts = {"follows": same(again.real, others), "keeps": same(again.real, batch.real)}
+            result[level] = {"rows": int(asked.sum())} | {name: x[asked].double().mean().item() for name, x in counts.items()}
+    return result
+
+
+def hidden(models: int) -> dict:
+    """Random models, prompts and ways of thinking: how many answers were too short, too long, or held anything but words; and what they did."""
+    found = {"models": models, "answers": 0, "words": 0, "bad": 0, "thoughts": 0, "recalls": 0, "taken back": 0, "over budget": 0}
+    for seed in range(models):
+        draw = torch.Generator().manual_seed(seed)
+        pick = lambda options: options[int(torch.randint(len(options), (), generator=draw))]  # noqa: E731
+        torch.manual_seed(seed)
+        V, K = pick([2, 5, 9]), pick([0, 1, 4])
+        model = GPT(GPTConfig(V, K, pick([1, 2]), 1, 8, done=bool(K) and pick([True, False]), recall=pick([True, False]), revise=pick([True, False]))).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=pick([0.3, 1.0, 3.0]))
+        hold = {"hold": pick([None, 0.7, 1.0]), "hold_recall": pick([None, 0.5, 1.0])}
+        limits = {"max_run": pick([1, 3, 8]), "budget": pick([0, 2, 10]), "revisions": pick([0, 1, 5, 40])}
+        thinking = Thinking(**hold, **limits, greedy=pick([True, False]), window=pick([0, 1, 4]), top_k=pick([0, 1, 2]), temperature=pick([0.5, 1.0, 2.0]))
+        prompts, new = [torch.randint(V, (pick([1, 2, 7]),), generator=draw).tolist() for _ in range(3)], pick([1, 3, 8])
+        answers, roll = generate(model, prompts, new, thinking, draw)
+        own = roll.pointer >= torch.tensor([[len(prompt)] for prompt in prompts])
+        behind = F.pad(roll.thinks, (limits["max_run"], 0)).unfold(1, limits["max_run"] + 1, 1).all(dim=-1)  # a run that is too long
+        taken = (roll.taken[..., 0] >= 0).sum(dim=1)
+        over = behind.any() or limits["budget"] and ((roll.thinks & own).sum(dim=1) > limits["budget"]).any() or (taken > limits["revisions"]).any()
+        counts = {"answers": 3, "words": 3 * new, "bad": sum(len(a) != new or not all(0 <= w < V for w in a) for a in answers), "over budget": int(bool(over))}
+        counts |= {"thoughts": int(roll.thinks.sum()), "recalls": int(roll.recalls.sum()), "taken back": int(taken.sum())}
+        found |= {name: found[name] + count for name, count in counts.items()}
+    return found
+
+
+def show(name: str, lines: dict) -> None:
+    """A small table: a line a key, a column for each number."""
+    columns = list(next(iter(lines.values())))
+    print(f"\n{name}\n{'':14}" + "".join(f"{c:>18}" for c in columns))
+    for key, line in lines.items():
+        print(f"{key!s:14}" + "".join(f"{line[c]:18.3f}" for c in columns))
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(argv, ControlConfig)
+    if config.hidden:
+        print(json.dumps(hidden(config.hidden)))
+        return
+    model, vocabulary, state = load_model(config.run, pick_device(config.device))
+    trained = Config(**state["config"])
+    split = load_split(trained.data, "val", vocabulary, trained.block)
+    if not isinstance(split, Rows):
+        raise DataError(f"the run in {config.run} is of a text, which has no answers to be right or wrong")
+    thinking, found = as_trained(state, vocabulary), {}
+    found["sampled"] = {split.levels[-1]: revise(model, split.first(config.rows, split.levels[-1]), thinking, config.samples, config.revisions)}
+    show("answers sampled at temperature 1, share right, REVISE forbidden and allowed", found["sampled"])
+    if model.config.recall:
+        found["recall"] = recall(model, split, thinking, trained, config.rows)
+        show("RECALL, mean over levels", found["recall"])
+    if model.config.n_think:
+        found["follow"] = follow(model, split, thinking, config.rows)
+        if found["follow"]:
+            show("given another row's last thought: answers that follow it, answers that do not", found["follow"])
+    (Path(config.run) / "control.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main, "control.py")
