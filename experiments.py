@@ -115,7 +115,31 @@ def observer() -> dict:
     return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[: 3 if i == 0 else 1]} for i, (row, options) in enumerate(kinds.items())}
 
 
-SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer, observer_text)}
+def recall() -> dict:
+    """RECALL: a digit asked for that lies outside the window, three seeds."""
+    return {"recall": {f"{s}": ["config/recall.toml", "--report=false", f"--seed={s}"] for s in SEEDS[:3]}}
+
+
+def revise() -> dict:
+    """REVISE: additions of five digits, sampled, by models that can take a digit back and models that cannot, three seeds."""
+    rows = {}
+    for steps in (1500, 2500):
+        for kind, options in {"with REVISE": [], "trained without": ["--revise=false"]}.items():
+            base = ["config/revise.toml", "--report=false", f"--steps={steps}", *options]
+            rows[f"{kind}, {steps:,} steps"] = {f"{steps}_{len(options)}_{s}": [*base, f"--seed={s}"] for s in SEEDS[:3]}
+    return rows
+
+
+def demonstrations() -> dict:
+    """A share of the rows says what to think where: how soon the rest is learned, and whether answers follow thoughts. One layer, 800 steps, three seeds."""
+    base = [*CHAIN, "--steps=800", "--free=1", "--report=false", "--eval_every=25", "--data=out/data/demonstrated"]
+    kinds = {f"{share:.0%} shown": [f"--demonstrate={share}"] for share in (0.0, 0.01, 0.1, 1.0)}
+    kinds["100% shown, imitation alone"] = ["--demonstrate=1.0", "--forget=0", "--imitate=0"]
+    return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[:3]} for i, (row, options) in enumerate(kinds.items())}
+
+
+SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer, observer_text, recall, revise, demonstrations)}
+CONTROL = ("recall", "revise", "demonstrations")  # sets that control.py measures
 DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py; other folders have a prepare.py of their own
     "characters": ["--tokens=characters"],
     "characters_digits": ["--tokens=characters", "--think_after=0123456789"],
@@ -123,6 +147,8 @@ DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py; othe
     "mod10": ["--modulus=10"],
     "addition_forwards": ["--task=addition"],
     "addition_reversed": ["--task=addition", "--reversed", "--digits=3"],
+    "addition_padded": ["--task=addition", "--pad"],
+    "demonstrated": ["--demonstrate"],
 }
 
 
@@ -144,14 +170,16 @@ def prepare_data(options: list[str]) -> None:
 
 
 def train_one(folder: Path, options: list[str]) -> None:
-    if (folder / "report.json").exists() or (folder / "calibration.json").exists():
+    if any((folder / f"{name}.json").exists() for name in ("report", "calibration", "control")):
         return
     folder.mkdir(parents=True, exist_ok=True)
     good = call(["train.py", *options, f"--out={folder}"], folder / "log.txt")
     config = load_config(options)
     if good and config.n_think and config.report and "nats" in json.loads((folder / "report.json").read_text())["modes"]["policy"]:
         good = call(["data/shakespeare/study.py", f"--run={folder}", f"--plain={config.plain}"], folder / "study.txt")
-    if good and (config.observer or not config.report):
+    if good and folder.parent.name in CONTROL:
+        good = call(["control.py", f"--run={folder}"], folder / "control.txt")
+    elif good and (config.observer or not config.report):
         good = call(["calibrate.py", f"--run={folder}"], folder / "calibration.txt")
     print(f"{folder} {'done' if good else 'FAILED, see its log.txt'}", flush=True)
 
@@ -163,13 +191,24 @@ def spread(values: list[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f}" if low == high else f"{mean:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
-def first_time(folder: Path, share: float = 0.95, up_to: int = 4) -> float | None:
-    """Seconds of training after which every validation level up to `up_to` was answered to this share."""
+def first_time(folder: Path, unit: str = "seconds", share: float = 0.95, up_to: int = 4) -> float | None:
+    """Seconds, or the step, of training after which every validation level up to `up_to` was answered to this share."""
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         log = json.loads(line)
         if "validation" in log and min(a for n, a in log["validation"].items() if int(n) <= up_to) >= share:
-            return log["seconds"]
+            return log[unit]
     return None
+
+
+def measure_control(found: dict, folder: Path) -> dict[str, float | None]:
+    """What control.py found, and how soon the model had learned."""
+    numbers = {f"sampled, {name}": value for line in found["sampled"].values() for name, value in line.items()}
+    numbers |= {f"{how}, {name}": value for how, line in found.get("recall", {}).items() for name, value in line.items()}
+    if follow := found.get("follow"):
+        numbers |= {f"{name} at {n}": line[name] for n, line in follow.items() for name in ("follows", "keeps")}
+    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    numbers |= {n: a for n, a in last["validation"].items()} | {"seconds": last["seconds"]}
+    return numbers | {f"95% at 1 to {n}, step": first_time(folder, "step", up_to=n) for n in (2, 4, 8)}
 
 
 def measure(folder: Path) -> dict[str, float | None]:
@@ -177,6 +216,8 @@ def measure(folder: Path) -> dict[str, float | None]:
     numbers = {}
     if (folder / "calibration.json").exists():
         numbers |= measure_observer(json.loads((folder / "calibration.json").read_text()))
+    if (folder / "control.json").exists():
+        numbers |= measure_control(json.loads((folder / "control.json").read_text()), folder)
     if (folder / "report.json").exists():
         numbers |= measure_report(json.loads((folder / "report.json").read_text()), folder)
     return numbers
@@ -249,6 +290,9 @@ COLUMNS = {  # the tables of each set
     ],
     "observer": OBSERVER,
     "observer_text": [["nats", "less than plain", "never", "random", "scattered", "thoughts a token", "seconds"], *OBSERVER],
+    "recall": [[f"{how}, {what}" for how in ("policy", "never", "always", "scattered") for what in ("accuracy", "at the question", "elsewhere", "cost")]],
+    "revise": [["5", *(f"sampled, {x}" for x in ("forbidden", "allowed", "errors gone", "false revisions", "caught", "taken back a row")), "seconds"]],
+    "demonstrations": [["2", "4", "8", *(f"95% at 1 to {n}, step" for n in (2, 4, 8)), *(f"{x} at {n}" for n in (2, 4, 8) for x in ("follows", "keeps"))]],
     "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "3, constant", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
 }
 
@@ -259,7 +303,7 @@ def table(folders: dict[str, list[Path]], columns: list[str]) -> None:
     for row, runs in folders.items():
         done = [numbers for f in runs if (numbers := measure(f))]
         known = [[x for numbers in done if (x := numbers.get(c)) is not None] for c in columns]
-        digits = [0 if "seconds" in c and "cost" not in c else 1 if "thoughts at" in c or "bits" in c else 3 for c in columns]
+        digits = [0 if "step" in c or "seconds" in c and "cost" not in c else 1 if "thoughts at" in c or "bits" in c else 3 for c in columns]
         cells = [spread(x, d) + (f" [{len(x)} of {len(done)}]" if 0 < len(x) < len(done) else "") for x, d in zip(known, digits)]
         print(f"| {row} | {len(done)} | " + " | ".join(cells) + " |")
 

@@ -601,9 +601,10 @@ def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]
 
 
 def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking:
-    """As the model was trained to: by its gate or, as long as that has learned nothing, as often as it is made to."""
-    free = {} if paid else {"hold": config.hold, "hold_recall": config.hold_recall}
-    return Thinking(max_run=config.max_run, after=vocabulary.think_after(), window=config.window, **free)
+    """As the model was trained to: by its gate or, as long as neither price nor demonstrations have taught it anything, as often as it is made to."""
+    taught = paid or config.demonstrate and vocabulary.meta.get("thoughts")
+    hold = {} if taught else {"hold": config.hold}
+    return Thinking(max_run=config.max_run, after=vocabulary.think_after(), window=config.window, hold_recall=None if paid else config.hold_recall, **hold)
 
 
 def as_trained(state: dict, vocabulary: Vocabulary) -> Thinking:
