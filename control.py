@@ -80,49 +80,56 @@ def revise(model: GPT, batch: Batch, thinking: Thinking, samples: int, revisions
     return result
 
 
-def told(roll: Rollout, batch: Batch, V: int, K: int, runs: int, donor: Tensor) -> tuple[Noise, Tensor]:
+def told(roll: Rollout, batch: Batch, V: int, K: int, runs: int, back: int, donor: Tensor) -> tuple[Noise, Tensor]:
     """
-    Dice loaded so that each row thinks again, up to the token before the last of its prompt, what it thought in `roll`; but behind that token, what the
-    row `donor` (B,) thought there. -> noise for `speak`, greedy, and in which rows there was such a thought to take (B,) bool.
+    Dice loaded so that each row thinks again what it thought in `roll`, up to the token of its prompt that is `back` before the last; but behind that token,
+    what the row `donor` (B,) thought there; and from then on what it likes. -> noise for a greedy `speak`; rows that had such a thought, and donors (B,) bool.
     """
-    B, T = batch.real.shape
+    (B, T), rows = batch.real.shape, torch.arange(len(donor), device=donor.device)
     c = torch.arange(roll.stream.size(1), device=donor.device)
     run = c - torch.where(roll.holds_real, c, 0).cummax(dim=1).values  # (B, C) thoughts behind the last real token so far
-    place = (roll.pointer - 1) * runs + run
+    place, thought = (roll.pointer - 1) * runs + run, F.pad(roll.stream[:, 1:] - V, (0, 1))
     thoughts = torch.full((B, T * runs), -1, device=donor.device)
-    thought = F.pad(roll.stream[:, 1:] - V, (0, 1))
-    index, value = place[roll.thinks], thought[roll.thinks]
-    thoughts[torch.arange(B, device=donor.device)[:, None].expand_as(place)[roll.thinks], index] = value
-    thoughts, before = thoughts.view(B, T, runs), batch.prompt - 2  # behind the last token but one: in a chain, the last operation
-    rows = torch.arange(B, device=donor.device)
-    own, other = thoughts[rows, before], thoughts[donor, before[donor]]  # (B, runs)
-    thoughts[rows, before] = other
-    known = (torch.arange(T, device=donor.device) <= before[:, None])[..., None].expand_as(thoughts).flatten(1)  # (B, places)
+    thoughts[rows[:, None].expand_as(place)[roll.thinks], place[roll.thinks]] = thought[roll.thinks]
+    thoughts, here = thoughts.view(B, T, runs), batch.prompt - 1 - back
+    own, other = thoughts[rows, here], thoughts[donor, here[donor]]  # (B, runs)
+    thoughts[rows, here] = other
+    known = (torch.arange(T, device=donor.device) <= here[:, None])[..., None].expand_as(thoughts).flatten(1)  # (B, places)
     flat = thoughts.flatten(1)
     think = torch.where(known, torch.where(flat >= 0, -1.0, 2.0), 0.5)
     choice = torch.where(F.one_hot(flat.clamp(min=0), K).bool() | ~known[..., None], 0.0, -torch.inf)
-    return Noise(think, choice, think[:, :0]), (own[:, 0] >= 0) & (other[:, 0] >= 0)
+    return Noise(think, choice, torch.full((B, T), 0.5, device=donor.device)), (own[:, 0] >= 0) & (other[:, 0] >= 0)
 
 
 def follow(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
     """
-    {level: {"rows", "follows", "keeps"}}: give each row, just before it answers, the thought of another row with another answer. Share of rows that then give
-    the other row's answer, and share that give their own: rows that were right by themselves, and whose donor was.
+    {level: {"rows", "follows", "keeps"}}: in each row put another row's thought in the place of one of its own: of the last behind the question's last token but
+    one (in a chain, the last operation), or "earlier" by one token. The donor is a row that goes on with the same tokens, and has another answer: who follows the
+    thought gives the donor's answer. Share of rows that do, and share that give their own all the same, of rows that were right, as was the donor.
     """
     result, config = {}, model.config
     for level in split.levels:
         batch, generator = split.first(rows, level).to(model.embedding.weight.device), torch.Generator(model.embedding.weight.device).manual_seed(level)
-        greedy = dataclasses.replace(thinking, greedy=True)
+        greedy, line, B = dataclasses.replace(thinking, greedy=True), {}, len(batch.real)
         roll, right = evaluate(model, batch, greedy, generator)
-        donor = torch.arange(len(right), device=right.device).roll(1)
-        noise, there = told(roll, batch, config.vocab_size, config.n_think, greedy.max_run, donor)
-        again = speak(model, batch.real, batch.prompt, batch.length, greedy, generator, noise=noise)
-        same = lambda a, b: (a == b)[:, int(batch.prompt.min()) :].all(dim=1)  # noqa: E731
-        others = batch.real[donor]
-        asked = there & right & right[donor] & ~same(batch.real, others) & (batch.prompt == batch.prompt[donor])
-        if asked.any():
-            counts = {"follows": same(again.real, others), "keeps": same(again.real, batch.real)}
-            result[level] = {"rows": int(asked.sum())} | {name: x[asked].double().mean().item() for name, x in counts.items()}
+        if (batch.prompt != batch.prompt[0]).any():
+            raise DataError(f"rows of level {level} have prompts of several lengths, so that one cannot stand in for another")
+        first = int(batch.prompt[0])
+        same = lambda a, b, start, end=None: (a[:, start:end] == b[:, start:end]).all(dim=-1)  # noqa: E731
+        for back, suffix in ((1, ""), (2, ", earlier")):
+            if first - 1 - back < 1:
+                continue
+            other = (batch.real[:, None, first - back : first] == batch.real[None, :, first - back : first]).all(dim=-1)  # (B, B) goes on with the same tokens
+            other = other & ~(batch.real[:, None, first:] == batch.real[None, :, first:]).all(dim=-1) & right & right[:, None]
+            score = other * torch.rand(B, B, generator=generator, device=right.device)
+            donor, found = score.argmax(dim=1), other.any(dim=1)
+            noise, there = told(roll, batch, config.vocab_size, config.n_think, greedy.max_run, back, donor)
+            again, asked = speak(model, batch.real, batch.prompt, batch.length, greedy, generator, noise=noise), found & there
+            counts = {"follows": same(again.real, batch.real[donor], first), "keeps": same(again.real, batch.real, first)}
+            if asked.any():
+                line |= {f"rows{suffix}": int(asked.sum())} | {name + suffix: x[asked].double().mean().item() for name, x in counts.items()}
+        if len(line) == 6:
+            result[level] = line
     return result
 
 
@@ -179,7 +186,7 @@ def main(argv: list[str]) -> None:
     if model.config.n_think:
         found["follow"] = follow(model, split, thinking, config.rows)
         if found["follow"]:
-            show("given another row's last thought: answers that follow it, answers that do not", found["follow"])
+            show("with one thought of another row: answers that follow it, answers that do not", found["follow"])
     (Path(config.run) / "control.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -251,7 +251,7 @@ def echo(model: GPT, roll: Rollout, thoughts: Tensor, chosen: Tensor, scale: flo
     -> (B, C, n_embd). After Bengio et al. 2013, arXiv:1308.3432.
     """
     p = thoughts.softmax(dim=-1)
-    carry = (p - p.detach()) @ model.embedding.weight[model.config.vocab_size :].detach()  # all zeros
+    carry = (p - p.detach()) @ model.embedding.weight[model.config.vocab_size :][: model.config.n_think].detach()  # all zeros
     carry = torch.where(chosen[..., None], scale * carry, 0)
     return model.embedding(roll.stream) + F.pad(carry, (0, 0, 1, 0))[:, :-1]  # a thought stands one column behind its logits
 
@@ -365,7 +365,7 @@ def log_choice(gate: Tensor, thinks: Tensor, explore: float) -> Tensor:
 
 def thought_log_probability(thoughts: Tensor, roll: Rollout, vocab_size: int) -> Tensor:
     """(B, C, K) logits -> (B, C): log p of the thought that follows each column, in nats; 0 where none does."""
-    chosen = F.pad(roll.stream[:, 1:] - vocab_size, (0, 1)).clamp(min=0)
+    chosen = F.pad(roll.stream[:, 1:] - vocab_size, (0, 1)).clamp(0, thoughts.size(2) - 1)
     return thoughts.log_softmax(dim=-1).gather(2, chosen[..., None])[..., 0] * roll.thinks
 
 
@@ -415,12 +415,12 @@ def with_wrong_words(roll: Rollout, wrong: Tensor, window: int = 0) -> tuple[Ten
     return word.clamp(min=0), word >= 0, position, rows[:, None]
 
 
-def first_pass(model: GPT, here: Tensor, roll: Rollout, batch: Batch, config: Config, generator=None) -> tuple[Output, Tensor]:
+def first_pass(model: GPT, here: Tensor, roll: Rollout, batch: Batch, config: Config) -> tuple[Output, Tensor]:
     """Pass 1 over the embedded streams (B, C, n_embd), and with REVISE over wrong words beside them -> output of the streams, loss of not taking those back."""
     if not config.revise:
         return read(model, roll, config.window, x=here), here.new_zeros(())
     C, V = roll.stream.size(1), model.config.vocab_size
-    word, there, position, mask = with_wrong_words(roll, wrong_words(batch, V, config.corrupt, generator), config.window)
+    word, there, position, mask = with_wrong_words(roll, batch.wrong, config.window)
     out = model(torch.cat([here, model.embedding(word)], dim=1), mask, position=position)
     regret = -out.words[:, C:].log_softmax(dim=-1)[..., V]  # (B, E)
     asked = roll.valid & ((roll.pointer >= batch.prompt[:, None]) | (batch.prompt >= batch.length)[:, None])  # weigh a wrong word like a right one
@@ -432,7 +432,7 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
     answer = roll.valid & (roll.pointer >= batch.prompt[:, None])  # (B, C) columns that would say a token of the answer
     shown = batch.shown[:, None]  # (B, 1) the row's thoughts are demonstrated
     here = model.embedding(roll.stream)  # (B, C, n_embd)
-    full, regret = first_pass(model, here, roll, batch, config, generator)  # pass 1
+    full, regret = first_pass(model, here, roll, batch, config)  # pass 1
     loss_full = loss_kept = word_loss(full.words, roll)
     loss = weighted(loss_full, roll, answer, config.prompt_weight, config.charge_thinking) + regret
     right = ((full.words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)).all(dim=1)
@@ -684,6 +684,8 @@ class Trainer:
         rows = max(WORLD, WORLD * c.batch_tokens // self.train_rows.longest(levels[-1]) // several)
         first, end = (several * (rows * rank // WORLD) for rank in (RANK, RANK + 1))  # a row's rollouts stay together
         whole = self.train_rows.draw(rows, levels, self.generator).to(self.device).repeat(several)
+        if c.revise:
+            whole = whole._replace(wrong=wrong_words(whole, len(self.vocabulary.tokens), c.corrupt, self.noise))
         batch = Batch(*(part[first:end] for part in whole))
         thinking, noise = dataclasses.replace(self.thinking, explore=c.explore), None
         if self.model.gate is not None:

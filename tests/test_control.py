@@ -220,7 +220,7 @@ def test_a_wrong_word_weighs_as_much_as_a_right_one_by_hand(tiny):
     real = torch.tensor([[1, 2, 3, 4]])
     batch = Batch.plain(real, torch.tensor([4]), torch.tensor([2]), torch.tensor([0]))._replace(wrong=torch.tensor([[-1, -1, 0, -1]]))
     roll = rollout(model, real, batch.length, Thinking())
-    _, regret = first_pass(model, model.embedding(roll.stream), roll, batch, Config(n_think=0, revise=True, corrupt=0.0))
+    _, regret = first_pass(model, model.embedding(roll.stream), roll, batch, Config(n_think=0, revise=True))
     alone = -model(torch.tensor([[1, 2, 0]])).words[0, 2].log_softmax(-1)[5]
     torch.testing.assert_close(regret, alone / 2)  # one wrong word, two words of the answer
 

@@ -41,7 +41,7 @@ def workers(process):
 FREE_AND_PAID = ["--steps=8", "--free=0.4", "--split_every=2", "--rollouts=2"]  # mastered at once, paid from step 5 on
 
 
-@pytest.mark.parametrize("changes", [["--observer=0", "--baseline=both", "--explore=0.1"], ["--tell=0.3", "--cut_every=3"]])
+@pytest.mark.parametrize("changes", [["--observer=0", "--baseline=both", "--explore=0.1"], ["--tell=0.3", "--cut_every=3", "--recall=true", "--window=6", "--revise=true", "--done=true", "--max_run=2"]])
 def test_two_processes_learn_what_one_learns_with_twice_the_batch(chains, tmp_path, changes):
     arguments = [f"--data={chains}", *FREE_AND_PAID, *changes]
     process = start(*arguments, "--batch_tokens=105", f"--out={tmp_path / 'two'}")

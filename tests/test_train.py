@@ -23,6 +23,9 @@ def small(chains, tmp_path, **changes):
     return Config(**(defaults | changes))
 
 
+EVERYTHING = {"recall": True, "window": 4, "revise": True, "done": True, "max_run": 2, "observer": "quarters", "explore": 0.1}
+
+
 def same(a, b):
     """Bit for bit, through dicts and lists."""
     if isinstance(a, torch.Tensor):
@@ -34,7 +37,7 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("changes", [{"observer": "quarters", "baseline": "both", "explore": 0.1}, {"n_think": 0}, {"thought_grad": "reinforce", "dropout": 0.1}])
+@pytest.mark.parametrize("changes", [{"observer": "quarters", "baseline": "both", "explore": 0.1}, {"n_think": 0}, {"thought_grad": "reinforce", "dropout": 0.1}, EVERYTHING])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(chains, tmp_path, changes):
     config = small(chains, tmp_path, free=0.4, mastered=9.0, split_every=3, **changes)  # the cut at step 6 lies in the free phase, the end in the paid one
     whole = Trainer(config)
