@@ -133,8 +133,16 @@ def revise() -> dict:
 def demonstrations() -> dict:
     """A share of the rows says what to think where: how soon the rest is learned, and whether answers follow thoughts. One layer, 800 steps, three seeds."""
     base = [*CHAIN, "--steps=800", "--free=1", "--report=false", "--eval_every=25", "--data=out/data/demonstrated"]
-    kinds = {f"{share:.0%} shown": [f"--demonstrate={share}"] for share in (0.0, 0.01, 0.1, 1.0)}
-    kinds["100% shown, imitation alone"] = ["--demonstrate=1.0", "--forget=0", "--imitate=0"]
+    every = ["--curriculum=false", "--split_every=0"]  # who is shown the thoughts of long rows needs no short ones first
+    kinds = {
+        "none shown, short rows first": ["--demonstrate=0"],
+        "none shown, all lengths at once": ["--demonstrate=0", "--curriculum=false"],
+        "1% shown": [*every, "--demonstrate=0.01"],
+        "1% shown, and 10% of each batch drawn from them": [*every, "--demonstrate=0.01", "--shown_share=0.1"],
+        "10% shown": [*every, "--demonstrate=0.1"],
+        "100% shown": [*every, "--demonstrate=1"],
+        "100% shown, imitation alone": [*every, "--demonstrate=1", "--forget=0", "--imitate=0"],
+    }
     return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[:3]} for i, (row, options) in enumerate(kinds.items())}
 
 

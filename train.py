@@ -54,6 +54,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | mps
     threads: int = 0  # CPU threads, 0 for torch's choice
     compile: bool = False  # torch.compile the two parallel passes
+    shown_share: float = 0.0  # share of each batch, at least, that is drawn from the rows whose thoughts are demonstrated
     # the network
     n_think: int = 16  # K, thoughts; 0 trains a plain GPT
     n_layer: int = 2
@@ -683,7 +684,7 @@ class Trainer:
         levels = self.train_rows.levels[: self.reached]
         rows = max(WORLD, WORLD * c.batch_tokens // self.train_rows.longest(levels[-1]) // several)
         first, end = (several * (rows * rank // WORLD) for rank in (RANK, RANK + 1))  # a row's rollouts stay together
-        whole = self.train_rows.draw(rows, levels, self.generator).to(self.device).repeat(several)
+        whole = self.train_rows.draw(rows, levels, self.generator, c.shown_share).to(self.device).repeat(several)
         if c.revise:
             whole = whole._replace(wrong=wrong_words(whole, len(self.vocabulary.tokens), c.corrupt, self.noise))
         batch = Batch(*(part[first:end] for part in whole))

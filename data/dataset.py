@@ -168,6 +168,7 @@ class Rows:
             rows = start + np.flatnonzero(carries[start : start + count])
             shown[rows[: max(1, round(demonstrate * len(rows))) if demonstrate > 0 else 0]] = True
         thoughts[~shown] = -1
+        self.shown = {level: torch.from_numpy(start + np.flatnonzero(shown[start : start + self.count[level]])) for level, start in self.start.items()}
         length, prompt, levels = (part.astype(np.int64) for part in (length, prompt, levels))
         self.all = Batch(*map(torch.from_numpy, (table, length, prompt, levels, thoughts, wrong, shown)))  # thoughts and wrong are long in a batch only
 
@@ -176,12 +177,17 @@ class Rows:
         start = self.start[level]
         return int(self.all.length[start : start + self.count[level]].max())
 
-    def draw(self, size: int, levels: list[int], generator: torch.Generator) -> Batch:
-        """`size` rows: a level drawn evenly from `levels`, then a row of that level."""
+    def draw(self, size: int, levels: list[int], generator: torch.Generator, shown: float = 0.0) -> Batch:
+        """`size` rows: a level drawn evenly from `levels`, then a row of that level; a share `shown` of them from the rows that show their thoughts."""
         pick = torch.tensor(levels)[torch.randint(len(levels), (size,), generator=generator)]
         count = torch.tensor([self.count[k] for k in levels])[torch.searchsorted(torch.tensor(levels), pick)]
         start = torch.tensor([self.start[k] for k in levels])[torch.searchsorted(torch.tensor(levels), pick)]
-        return self._take(start + (torch.rand(size, generator=generator, dtype=torch.double) * count).long())
+        chance = torch.rand(size, generator=generator, dtype=torch.double)
+        index = start + (chance * count).long()
+        for i in range(round(shown * size)):
+            if len(rows := self.shown[int(pick[i])]):
+                index[i] = rows[int(chance[i] * len(rows))]
+        return self._take(index)
 
     def first(self, size: int, level: int) -> Batch:
         """The first `size` rows of a level, or all there are."""
@@ -206,7 +212,7 @@ class Text:
         """Predicted tokens in a window: its first token is given."""
         return self.block
 
-    def draw(self, size: int, levels: list[int], generator: torch.Generator) -> Batch:
+    def draw(self, size: int, levels: list[int], generator: torch.Generator, shown: float = 0.0) -> Batch:
         """`size` windows that begin anywhere."""
         return self._take(torch.randint(len(self.tokens) - self.block, (size,), generator=generator))
 

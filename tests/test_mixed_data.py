@@ -225,3 +225,12 @@ def test_recall_rows_are_held_out(tmp_path):
     assert json.loads((tmp_path / "meta.json").read_text())["level"] == "assignments"
     done = call("data/recall/prepare.py", "--levels=11", f"--out={tmp_path}")
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_share_of_a_batch_can_be_drawn_from_the_rows_that_show_their_thoughts(tmp_path):
+    prepare(tmp_path, "--demonstrate", "--levels=3", "--rows=400")
+    rows = load(tmp_path, demonstrate=0.02)[1]
+    draw = lambda shown: rows.draw(200, rows.levels, torch.Generator().manual_seed(0), shown)  # noqa: E731
+    assert draw(0.0).shown.float().mean() < 0.1 and draw(0.5).shown[:100].all() and draw(0.5).shown[100:].float().mean() < 0.1
+    assert torch.equal(draw(0.5).level, draw(0.0).level), "the mixture of levels stays as it is"
+    assert torch.equal(draw(0.5).real[100:], draw(0.0).real[100:])
