@@ -24,8 +24,11 @@ import numpy as np
 import torch
 
 from data.dataset import Batch, load_split
-from model import GPT, GPTConfig, Thinking, draw, parallel_rollout, rollout, speak
-from train import Config, as_trained, hybrid_loss, load_config, load_model, pick_device, rolls_in_parallel, run
+from loss import hybrid_loss
+from model import GPT, GPTConfig
+from runs import Config, as_trained, load_config, load_model, pick_device, run
+from stream import Thinking, draw, parallel_rollout, rollout, speak
+from train import rolls_in_parallel
 
 
 @dataclass

@@ -32,13 +32,11 @@ import torch
 from torch import Tensor
 
 from data.dataset import Batch, Rows, Text, load_split
-from model import GPT, Rollout, Thinking, rollout
+from loss import baseline, evaluate, log_choice, policy_gradient, return_to_go, targets, token_loss, word_loss
+from model import GPT
 from observe import look
-from train import (
-    Config, as_trained, baseline, evaluate, load_config, load_model, log_choice, policy_gradient, return_to_go, run, targets,
-    token_loss, word_loss,
-)  # fmt: skip
-
+from runs import Config, as_trained, load_config, load_model, run
+from stream import Rollout, Thinking, rollout
 
 PRICES = (-10.0, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # nats a thought; at the first one it always thinks
 

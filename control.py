@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import Batch, DataError, Rows, load_split
-from model import GPT, GPTConfig, Noise, Rollout, Thinking, generate, rollout, speak
-from train import Config, as_trained, evaluate, load_config, load_model, pick_device, run, token_loss
+from loss import evaluate, token_loss
+from model import GPT, GPTConfig
+from runs import Config, as_trained, load_config, load_model, pick_device, run
+from stream import Noise, Rollout, Thinking, generate, rollout, speak
 
 
 @dataclass

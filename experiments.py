@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.dataset import DataError
-from train import load_config, run
+from runs import load_config, run
 
 CHAIN, PLAIN = ["config/chain.toml", "--plain="], ["config/plain.toml", "--report=true"]
 SEEDS = (1, 2, 3, 4, 5)

@@ -27,9 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import DataError, Vocabulary
-from model import GPT, READINGS, Output, Rollout, Thinking, generate, rollout
+from loss import targets, word_loss
+from model import GPT, READINGS, Output
+from runs import Config, as_trained, load_config, load_model, pick_device, run
 from sample import columns_in_view
-from train import Config, as_trained, load_config, load_model, pick_device, run, targets, word_loss
+from stream import Rollout, generate, rollout
 
 TOP = 3  # words shown of each layer
 LONGEST = 1000  # real tokens of a text that are read

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from data.dataset import Batch, DataError, Rows, Text, Vocabulary, load_split
-from model import GPT, Thinking, rollout
-from train import Config, as_trained, evaluate, load_config, load_model, pick_device, run, token_loss
+from loss import evaluate, token_loss
+from model import GPT
+from runs import Config, as_trained, load_config, load_model, pick_device, run
+from stream import Thinking, rollout
 
 MODES = ("policy", "never", "random", "constant", "swapped")
 

@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 from data.dataset import DataError, Vocabulary
-from model import GPT, Rollout, generate, read
-from train import Config, as_trained, load_config, load_model, pick_device, run, targets
-
+from loss import targets
+from model import GPT
+from runs import Config, as_trained, load_config, load_model, pick_device, run
+from stream import Rollout, generate, read
 
 RECALL = {"policy": {}, "never": {"hold_recall": 0.0}, "always": {"hold_recall": 1.0}}
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 from calibrate import auroc, blinded, decided, ranks, spearman
-from model import Thinking, rollout
+from stream import Thinking, rollout
 
 
 def test_ranks_share_ties():

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from data.dataset import Batch
-from model import Thinking, draw_noise, generate, gumbel, load_dice, read, rollout, speak
-from train import Config, first_pass, hybrid_loss, return_to_go, with_wrong_words, wrong_words
+from loss import first_pass, hybrid_loss, return_to_go, with_wrong_words, wrong_words
+from runs import Config
+from stream import Thinking, draw_noise, generate, gumbel, load_dice, read, rollout, speak
 
 
 def seeded(seed):

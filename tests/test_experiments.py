@@ -7,7 +7,7 @@ from conftest import ROOT
 
 import experiments
 from data.dataset import DataError
-from train import load_config
+from runs import load_config
 
 
 @pytest.mark.parametrize("name", experiments.SETS)
@@ -18,7 +18,7 @@ def test_every_run_of_every_set_has_a_valid_config(name, monkeypatch):
     assert name in experiments.COLUMNS and len({run_name for run_name, _ in runs}) == len(runs)
     for _, options in runs:
         config = load_config(options)
-        assert config.data in ("data/arithmetic", "data/shakespeare") or Path(config.data).name in experiments.DATA
+        assert config.data in ("data/arithmetic", "data/shakespeare", "data/recall") or Path(config.data).name in experiments.DATA
 
 
 def test_an_unknown_set_is_refused_with_the_names_there_are():

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from data.dataset import Batch
-from model import Rollout, Thinking, rollout
-from train import (
-    Config, baseline, draw_cuts, echo, hybrid_loss, information_kept, leave_one_out, log_choice, observer_loss, policy_gradient,
-    return_to_go, thought_log_probability, weighted, word_loss, worth_of_thinking,
+from loss import (
+    baseline, draw_cuts, echo, hybrid_loss, information_kept, leave_one_out, log_choice, observer_loss, policy_gradient, return_to_go, thought_log_probability, weighted, word_loss, worth_of_thinking,
 )  # fmt: skip
+from runs import Config
+from stream import Rollout, Thinking, rollout
 
 
 def roll_of(rows, real, V=5, length=None):

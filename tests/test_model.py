@@ -1,11 +1,11 @@
 """The network and the rollout: every fast path against its slow, obvious twin."""
 
-import dataclasses
 
 import pytest
 import torch
 
-from model import GPTConfig, KVCache, Noise, Output, Thinking, draw, draw_noise, generate, rollout
+from model import GPTConfig, KVCache, Output
+from stream import Noise, Thinking, draw, draw_noise, generate, rollout
 
 
 def ids(model, rows=4, columns=9, seed=0):

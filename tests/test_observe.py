@@ -13,9 +13,10 @@ from conftest import call
 from test_data import refused
 
 from data.dataset import Vocabulary
-from model import KVCache, Rollout, Thinking, generate, rollout
+from model import KVCache
 from observe import draw, look, page, shown, trace
 from sample import introspect
+from stream import Rollout, Thinking, generate, rollout
 
 LETTERS = Vocabulary({"vocab": list("abcde")})
 

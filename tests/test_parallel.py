@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, call
 
-from train import load_checkpoint
+from runs import load_checkpoint
 
 SMALL = "--n_layer=1 --n_embd=32 --n_think=6 --warmup=2 --mastered=9 --device=cpu --log_every=1 --eval_rows=10 --report=false".split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]

@@ -8,8 +8,10 @@ from test_train import same, small
 
 import bench
 from data.dataset import Batch, DataError
-from model import Thinking, parallel_rollout, rollout
-from train import Config, Trainer, hybrid_loss, rolls_in_parallel
+from loss import hybrid_loss
+from runs import Config
+from stream import Thinking, parallel_rollout, rollout
+from train import Trainer, rolls_in_parallel
 
 
 def seeded(seed):

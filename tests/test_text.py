@@ -10,9 +10,9 @@ from conftest import ROOT, call
 from data.dataset import THOUGHT_NAMES, DataError, Text, load_meta, load_split, load_vocabulary
 from data.shakespeare import prepare
 from data.shakespeare.study import PLACES, behind_note, describe, information, notes
-from model import GPT, GPTConfig, Thinking, from_gpt2, generate, rollout
+from model import GPT, GPTConfig, from_gpt2
 from report import ReportConfig, nats
-from train import token_loss
+from stream import Thinking, generate, rollout
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,11 @@ from test_model import Scripted
 
 import train
 from data.dataset import Vocabulary
-from model import Thinking, generate
+from loss import evaluate
 from report import meaning, mutual_information
-from train import Config, Trainer, evaluate, load_checkpoint, save_checkpoint, split_thought
+from runs import Config, load_checkpoint, save_checkpoint
+from stream import Thinking, generate
+from train import Trainer, split_thought
 
 
 def small(chains, tmp_path, **changes):

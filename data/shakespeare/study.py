@@ -24,9 +24,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.dataset import DataError, Text, Vocabulary, load_split  # noqa: E402
-from model import GPT, Thinking, rollout  # noqa: E402
+from loss import token_loss  # noqa: E402
+from model import GPT  # noqa: E402
 from report import ReportConfig, load_plain, mutual_information  # noqa: E402
-from train import Config, as_trained, load_config, load_model, pick_device, run, token_loss  # noqa: E402
+from runs import Config, as_trained, load_config, load_model, pick_device, run  # noqa: E402
+from stream import Thinking, rollout  # noqa: E402
 
 BEHIND = 16  # tokens behind the cut
 PLACES = ("start of a line", "start of a word", "inside a word", "behind a word", "in a speaker's name")

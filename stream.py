@@ -1,0 +1,414 @@
+"""
+Streams: the real tokens of a row with the thoughts between them, made one column at a time by a model that thinks, recalls, revises and speaks.
+
+Two loops walk a batch of rows from left to right: `rollout`, for training, where every word is given (`parallel_rollout` finds the same in fewer steps), and
+`speak`, where the model has the word: evaluation and sampling. `generate` answers prompts; what it gives back holds no thought.
+
+Not here: the network (model.py, whose glossary holds here, too), the loss (loss.py), any task, any path, any logging.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import GPT, KVCache, Output
+
+
+@dataclass
+class Thinking:
+    """How a stream is made. All modes but `policy` take the thoughts, or their meaning, away."""
+
+    mode: str = "policy"  # policy | never | random | constant | swapped (with the next row of the batch)
+    hold: float | None = None  # runs of max_run thoughts, begun with this probability; the gate is not asked
+    explore: float = 0.0  # the gate, if asked, does the one thing and the other with this probability at least
+    greedy: bool = False  # think where the gate, if asked, says more than 1/2; take the likeliest thought and word
+    max_run: int = 1  # thoughts in a row, at most
+    budget: int = 0  # thoughts in all that a row may think where the model has the word, those taken back included; 0 is no limit
+    after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None is all
+    constant: int = 0  # the thought that mode `constant` always thinks, 0 .. K-1
+    window: int = 0  # columns in view, 0 for all
+    hold_recall: float | None = None  # RECALL with this probability; the gate is not asked
+    revisions: int = 0  # words a row may take back
+    temperature: float = 1.0  # of the words, when not greedy
+    top_k: int = 0  # words to choose from, 0 for all
+
+
+class Rollout(NamedTuple):
+    """B streams of C columns. Behind a row's last real token stand columns that are not `valid`."""
+
+    stream: Tensor  # (B, C) token ids, thoughts and RECALL included
+    pointer: Tensor  # (B, C) index in `real` of the token that the column predicts, if it speaks
+    decides: Tensor  # (B, C) the gate had a choice here
+    thinks: Tensor  # (B, C) a thought follows this column
+    recalls: Tensor  # (B, C) RECALL follows this column
+    valid: Tensor  # (B, C) the row still had something to say
+    real: Tensor  # (B, T) the real tokens, with those the model said itself
+    length: Tensor  # (B,) how many of them there are
+    taken: Tensor  # (B, R, 2) words the model took back, one behind the other: index in `real`, word; -1 behind the last
+
+    @property
+    def speaks(self) -> Tensor:  # (B, C)
+        return self.valid & ~self.thinks & ~self.recalls
+
+    @property
+    def opens(self) -> Tensor:  # (B, C) the column is a RECALL
+        return F.pad(self.recalls[:, :-1], (1, 0))
+
+    @property
+    def position(self) -> Tensor:  # (B, C) of the column in its row: a RECALL stands where the next column will
+        return (~self.opens).cumsum(dim=1) - (~self.opens).long()
+
+    @property
+    def may_recall(self) -> Tensor:  # (B, C) in a model that can
+        return self.valid & ~self.thinks & ~self.opens
+
+    @property
+    def holds_real(self) -> Tensor:  # (B, C) the column's own token is a real one: its pointer has just moved on
+        return torch.cat([self.pointer[:, :1] > 0, self.pointer[:, 1:] != self.pointer[:, :-1]], dim=1)
+
+    def alone(self, row: int) -> "Rollout":
+        """One row, without the columns behind its end."""
+        C = int(self.valid[row].sum())
+        return Rollout(*(part[row : row + 1, :C] for part in self[:6]), *(part[row : row + 1] for part in self[6:]))
+
+    def view(self, window: int = 0, cut: Tensor | None = None) -> Tensor | None:
+        """
+        The mask (B, 1, C, C) under which one pass over the streams sees what was seen as they were made, True where a query sees a key: nothing later,
+        nothing further back than the window, nothing from before a cut, (B, C) True at the first column that stays in view; but RECALL sees all that came before,
+        and no other column sees it. None, causal, where that is everything.
+        """
+        if not window and cut is None and not self.recalls.any():
+            return None
+        place, c = self.position, torch.arange(self.stream.size(1), device=self.stream.device)
+        seen = place[:, :, None] - place[:, None, :] < (window or len(c))  # (B, C, C)
+        if cut is not None:
+            segment = cut.cumsum(dim=1)  # (B, C)
+            seen = seen & (segment[:, :, None] == segment[:, None, :])
+        seen = (seen | self.opens[:, :, None]) & ~self.opens[:, None, :] | torch.eye(len(c), dtype=torch.bool, device=c.device)
+        return (seen & (c[:, None] >= c))[:, None]
+
+
+def read(model: GPT, roll: Rollout, window: int = 0, cut: Tensor | None = None, x: Tensor | None = None) -> Output:
+    """One parallel pass over the streams of a rollout, or over embeddings x of them (B, C, n_embd), that sees what was seen as they were made; see `Rollout.view`."""
+    return model(roll.stream if x is None else x, roll.view(window, cut), position=roll.position if model.config.recall else None)
+
+
+class Noise(NamedTuple):
+    """
+    The chance in a rollout's thoughts, for each place that a row may come to, once at most: `runs` places for each real token, and a row stands at
+    place (pointer - 1) * runs + run while the real token at `pointer` is still to come and `run` thoughts were thought since the last.
+    """
+
+    think: Tensor  # (B, places) uniform: a thought follows where it is below the probability of thinking
+    thought: Tensor | None  # (B, places, K) Gumbel: argmax of logits plus this is a draw from their softmax (Gumbel 1954); None where none is drawn
+    recall: Tensor  # (B, T) uniform, for each real token that is still to come: RECALL where it is below the probability; (B, 0) in a model without
+
+    def at(self, rows: Tensor, place: Tensor | int) -> tuple[Tensor, Tensor | None]:
+        """One place of each row, rows and place (B,) -> (B,), (B, K); or many, rows (B, 1), place (B, C) -> (B, C), (B, C, K)."""
+        return self.think[rows, place], None if self.thought is None else self.thought[rows, place]
+
+
+def draw_noise(model: GPT, B: int, T: int, thinking: Thinking, generator=None) -> Noise:
+    """For B rows of T real tokens."""
+    like, places = model.embedding.weight, T * thinking.max_run
+    uniform = lambda *shape: torch.rand(*shape, generator=generator, device=like.device, dtype=like.dtype)  # noqa: E731
+    think = uniform(B, places)
+    draws = thinking.mode == "random" or thinking.mode in ("policy", "swapped") and not thinking.greedy
+    thought = gumbel(like.new_empty(B, places, model.config.n_think), generator) if draws else None
+    return Noise(think, thought, uniform(B, T * model.config.recall))
+
+
+def load_dice(noise: Noise, thoughts: Tensor, rows: Tensor) -> Noise:
+    """Noise that makes some rows, (B,) bool, think the thoughts (B, T, R), 0 .. K-1 or -1 for none, behind each real token, and no others."""
+    B, T, R = thoughts.shape
+    told = F.pad(thoughts, (0, noise.think.size(1) // T - R), value=-1).flatten(1)  # (B, places)
+    choice = torch.where(F.one_hot(told.clamp(min=0), noise.thought.size(2)).bool(), 0.0, -torch.inf).to(noise.thought)
+    think = torch.where(rows[:, None], torch.where(told >= 0, -1.0, 2.0).to(noise.think), noise.think)  # below every probability, and above
+    return noise._replace(think=think, thought=torch.where(rows[:, None, None], choice, noise.thought))
+
+
+@torch.no_grad()
+def rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, generator=None, noise: Noise | None = None) -> Rollout:
+    """
+    Walk all rows from left to right, one column a step, where every word is given (teacher forcing). Each row has its own pointer to its next real token.
+    At every column the gate is sampled: either a thought is appended, or RECALL is, or the next real token.
+
+    real: (B, T) ids, T >= length (B,). generator: the source of all chance in here, so that evaluation never draws from training's.
+    noise: the chance, if it is drawn already: then the generator is not asked.
+    Nothing in the loop waits for the device but a look, every eight columns, whether it is done.
+    """
+    (B, T), V, K = real.shape, model.config.vocab_size, model.config.n_think
+    device, rows = real.device, torch.arange(B, device=real.device)
+    runs = thinking.max_run if K and thinking.mode != "never" else 0
+    recall = model.config.recall and thinking.hold_recall != 0
+    if not runs and not recall:
+        return without_thoughts(real, length)
+    columns = max(1, (int(length.max()) - 1) * (1 + runs + recall))  # at most; a row's last token is said, not fed
+    cache = KVCache(model.config, B, columns, thinking.window, 0, device, model.embedding.weight.dtype)
+    noise = noise or draw_noise(model, B, T, thinking, generator)
+    may_follow = thoughts_may_follow(model, thinking)
+    real, none = F.pad(real, (0, 1)), torch.zeros(B, dtype=torch.bool, device=device)  # (B, T + 1): a row that is done still has something to point at
+    token, pointer, run, recalls = real[:, 0], torch.ones_like(rows), torch.zeros_like(rows), none
+    record = []  # of (token, pointer, decides, thinks, recalls, valid), each (B,)
+    for column in range(columns):
+        opens = recalls  # this column is a RECALL
+        out = model.think(token[:, None], cache.view(opens), cache)
+        if recall:
+            cache.length = cache.length - opens.long()
+        valid = pointer < length
+        decides = valid & (run < runs) & may_follow[token] if runs else none
+        thinks = thought = none
+        if runs:
+            uniform, gumbels = noise.at(rows, (pointer - 1) * runs + run)
+            thinks = decides & decide(out.thinking(run[:, None])[:, 0], uniform, hold_run(run, thinking), thinking)
+            thought = choose_thought(out.thoughts[:, 0], gumbels, thinking)
+        if recall:
+            recalls = valid & ~thinks & ~opens & decide(out.recall[:, 0], noise.recall[rows, pointer - 1], thinking.hold_recall, thinking)
+        record.append((token, pointer, decides, thinks, recalls, valid))
+        token = torch.where(thinks, V + thought, torch.where(recalls, V + K, real[rows, pointer]))
+        run = torch.where(thinks, run + 1, 0)
+        pointer = torch.where(thinks | recalls | ~valid, pointer, pointer + 1)
+        if column % 8 == 7 and (pointer >= length).all():
+            break
+    parts = [torch.stack(part, dim=1) for part in zip(*record)]
+    used = max(1, int(parts[-1].any(dim=0).sum()))
+    return Rollout(*(part[:, :used] for part in parts), real[:, :-1], length, nothing_taken(real))
+
+
+@torch.no_grad()
+def speak(
+    model: GPT, real: Tensor, given: Tensor, length: Tensor, thinking: Thinking, generator=None, stop: int = -1, watch=None, noise: Noise | None = None
+) -> Rollout:
+    """
+    The loop of all control. Feed a column to each row, and let it do one of four things:
+      REVISE   take its last word back, with the thoughts behind it: return to the column that said it, where this word is now forbidden
+      think    append a thought, unless the run (max_run), the row (budget) or DONE ends it
+      RECALL   append the column that sees everything
+      speak    append the next real token: one of the first `given` (B,), from there to `length` (B,) the model's own; a row that says `stop` ends there
+    The memory stack: for each word said, which column said it. Pushing is to write that number down; popping is to cut the cache off before that column.
+    `real` (B, T) holds the given tokens, T >= length. A row says as many as it was asked to, whatever it thinks or revises.
+
+    watch: called with every new column's token ids (B,), thoughts included, as soon as they are chosen; it is not told what is taken back.
+    generator and noise as in `rollout`; the words' chance always comes from the generator.
+    """
+    (B, T), V, K, can = real.shape, model.config.vocab_size, model.config.n_think, model.config
+    device, rows = real.device, torch.arange(B, device=real.device)
+    runs, revisions = thinking.max_run if K and thinking.mode != "never" else 0, thinking.revisions if can.revise else 0
+    columns = max(1, (int(length.max()) - 1) * (1 + runs + can.recall))  # of a row, at most
+    cache = KVCache(can, B, columns, thinking.window, revisions * (1 + runs), device, model.embedding.weight.dtype)
+    noise, may_follow = noise or draw_noise(model, B, T, thinking, generator), thoughts_may_follow(model, thinking)
+    real, length, nowhere = F.pad(real, (0, 1)), length.clone(), torch.zeros(B, dtype=torch.bool, device=device)
+    token, pointer, run, spent, revised = real[:, 0], torch.ones_like(rows), *torch.zeros(3, B, dtype=torch.long, device=device)
+    record, at = torch.zeros(7, B, columns, dtype=torch.long, device=device), torch.zeros_like(rows)  # what each column was, and how many there are
+    stack, taken = torch.zeros_like(real), torch.full((B, revisions, 2), -1, device=device)  # (index in real, word)
+    forbidden = taken
+    while True:
+        before, opens, valid = cache.length, token == V + K, pointer < length
+        own = valid & (pointer >= given)
+        out = Output(*(part[:, 0] for part in model(token[:, None], cache.view(opens), cache)))
+        if torch.is_tensor(before):
+            cache.length = before + (valid & ~opens).long()  # a RECALL leaves no trace; a row that is done stands still
+
+        words, thinks, recalls = out.words, nowhere, nowhere  # (B, V), or (B, V + 1) with REVISE
+        if can.revise:
+            may = (pointer > given) & (revised < revisions) & ((forbidden[..., 0] == pointer[:, None] - 1).sum(dim=1) < V - 1)  # leave it a word to say
+            words = words.masked_fill(torch.cat([forbidden_here(forbidden, pointer, V), ~may[:, None]], dim=1), -torch.inf)
+        word = choose(words, thinking, generator)
+        revises = valid & (word == V)
+        word = torch.where(own, word, real[rows, pointer])
+
+        decides = valid & ~revises & (run < runs) & may_follow[token]
+        if thinking.budget:
+            decides = decides & (spent < thinking.budget)
+        if runs:
+            uniform, gumbels = noise.at(rows, (pointer - 1) * runs + run)
+            thinks = decides & decide(out.thinking(run), uniform, hold_run(run, thinking), thinking)
+            thought = choose_thought(out.thoughts, gumbels, thinking)
+        if can.recall:
+            recalls = valid & ~revises & ~thinks & ~opens & decide(out.recall, noise.recall[rows, pointer - 1], thinking.hold_recall, thinking)
+        speaks = valid & ~(revises | thinks | recalls)
+
+        now, end = torch.stack([x + torch.zeros_like(run) for x in (token, pointer, decides, thinks, recalls, run, before)]), at.clamp(max=columns - 1)
+        record[:, rows, end] = torch.where(valid, now, record[:, rows, end])
+        stack[rows, pointer] = torch.where(speaks, at, stack[rows, pointer])  # push
+        real[rows, pointer] = torch.where(speaks, word, real[rows, pointer])
+        length = torch.where(speaks & own & (word == stop), pointer + 1, length)
+        token = torch.where(thinks, V + thought, torch.where(recalls, V + K, word)) if runs else torch.where(recalls, V + K, word)
+        run, spent = torch.where(thinks, run + 1, 0), spent + (thinks & own)
+        pointer, at = torch.where(speaks, pointer + 1, pointer), torch.where(valid, at + 1, at)
+
+        if revises.any():  # pop
+            pointer = torch.where(revises, pointer - 1, pointer)
+            at = torch.where(revises, stack[rows, pointer], at)
+            token, run, cache.length = torch.where(revises, record[:, rows, at.clamp(max=columns - 1)][[0, 5, 6]], torch.stack([token, run, cache.length]))
+            turn = (revises[:, None] & (torch.arange(revisions, device=device) == revised[:, None]))[..., None]  # (B, R, 1)
+            back = torch.stack([pointer, real[rows, pointer]], dim=-1)[:, None]  # (B, 1, 2)
+            taken, forbidden = torch.where(turn, back, taken), torch.where(turn, back, forbidden)
+            forbidden = forbidden.masked_fill(forbidden[..., :1] > pointer[:, None, None], -1)  # of places that the row has left again
+            revised = revised + revises
+        if watch:
+            watch(token)
+        if (pointer >= length).all():
+            break
+    C = int(at.max())
+    (stream, place, *flags, _, _), valid = record[:, :, :C], torch.arange(C, device=device) < at[:, None]
+    return Rollout(stream, torch.where(valid, place, length[:, None]), *(flag.bool() & valid for flag in flags), valid, real[:, :-1], length, taken)
+
+
+def forbidden_here(forbidden: Tensor, pointer: Tensor, V: int) -> Tensor:
+    """Words that were taken back, (B, R, 2) of index and word -> (B, V) bool: those taken back at the row's pointer (B,)."""
+    word = torch.where(forbidden[..., 0] == pointer[:, None], forbidden[..., 1], V)  # (B, R), V for none
+    return torch.zeros(len(word), V + 1, dtype=torch.bool, device=word.device).scatter(1, word, True)[:, :V]
+
+
+def thoughts_may_follow(model: GPT, thinking: Thinking) -> Tensor:
+    """(V + K + 1,) bool: tokens that a thought may follow. RECALL is there to speak."""
+    V, K = model.config.vocab_size, model.config.n_think
+    every = torch.ones(V + K + 1, dtype=torch.bool, device=model.embedding.weight.device)
+    every[V + K] = False
+    if thinking.after is not None:
+        every[:V] = thinking.after
+    return every
+
+
+def nothing_taken(real: Tensor) -> Tensor:
+    return torch.zeros(len(real), 0, 2, dtype=torch.long, device=real.device)
+
+
+@torch.no_grad()
+def parallel_rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, generator=None, noise=None) -> tuple[Rollout, int]:
+    """
+    The rollout of rows that are given to their end, as `rollout` makes it of the same noise, by guessing -> the rollout, passes through the model.
+
+    Guess what a row does at every place; run the stream that comes of it through the model, all columns at once; see what each column does, its noise
+    given; make that the guess; again, until nothing changes. A column is right if all before it are, so each pass settles at least one more
+    column of each row, and in practice many: a wrong guess matters only to the columns that listen to it. Rows that are settled leave the batch.
+    The result is the same but where two choices are so near a tie that rounding, which depends on the shape of the batch, decides between them.
+    """
+    (B, T), V, K = real.shape, model.config.vocab_size, model.config.n_think
+    runs = thinking.max_run if K and thinking.mode != "never" else 0
+    if not runs:
+        return without_thoughts(real, length), 0
+    if thinking.window or model.config.recall or model.training and model.config.dropout:
+        raise ValueError("a parallel rollout has all columns in view, no RECALL, and no dropout: a pass must say twice what it said once")
+    noise = noise or draw_noise(model, B, T, thinking, generator)
+    may_follow = thoughts_may_follow(model, thinking)
+    # the first guess is of a model that knows nothing: all logits zero
+    silent = torch.zeros_like(noise.think)  # (B, places)
+    run = torch.arange(runs, device=real.device).repeat(T)
+    thinks = decide(silent, noise.think, hold_run(run, thinking), thinking) & F.pad(may_follow[real][..., None], (0, runs - 1), value=True).flatten(1)
+    thoughts = choose_thought(silent[..., None].expand(-1, -1, K), noise.thought, thinking)
+    rows, settled, passes = torch.arange(B, device=real.device), torch.zeros(B, dtype=torch.long, device=real.device), 0  # rows still in the batch
+    while len(rows):
+        stream, pointer, run, valid = lay_out(real[rows], length[rows], thinks[rows], thoughts[rows], V)
+        out = model.think(stream)
+        place, column = (pointer - 1) * runs + run, torch.arange(stream.size(1), device=real.device)
+        uniform, gumbels = noise.at(rows[:, None], place)
+        decides = valid & (run < runs) & may_follow[stream] & (column >= settled[:, None])  # settled columns stay, whatever rounding says
+        thinks_now = decide(out.thinking(run), uniform, hold_run(run, thinking), thinking)
+        thought = choose_thought(out.thoughts, gumbels, thinking)
+        was, thought_was = thinks[rows[:, None], place], thoughts[rows[:, None], place]
+        wrong = decides & ((thinks_now != was) | thinks_now & (thought != thought_was))
+        each = rows[:, None].expand_as(place)[decides], place[decides]
+        thinks[each], thoughts[each] = thinks_now[decides], thought[decides]
+        unsure = wrong.any(dim=1)
+        settled = wrong.int().argmax(dim=1) + 1
+        if thinking.mode == "swapped":  # a row depends on the one before it
+            unsure, settled = unsure.any().expand_as(unsure), torch.where(unsure, settled, stream.size(1)).min().expand_as(settled)
+        rows, settled, passes = rows[unsure], settled[unsure], passes + 1
+    stream, pointer, run, valid = lay_out(real, length, thinks, thoughts, V)
+    decides = valid & (run < runs) & may_follow[stream]
+    thinks = decides & thinks.gather(1, (pointer - 1) * runs + run)
+    return Rollout(stream, pointer, decides, thinks, torch.zeros_like(thinks), valid, real.clone(), length.clone(), nothing_taken(real)), passes
+
+
+def lay_out(real: Tensor, length: Tensor, thinks: Tensor, thoughts: Tensor, V: int) -> tuple[Tensor, ...]:
+    """
+    The streams of rows that do at each place what `thinks` (B, places) bool and `thoughts` (B, places) 0 .. K-1 say -> (B, C) token ids,
+    pointer, thoughts thought since the last real token, and valid.
+    """
+    B, T = real.shape
+    runs = thinks.size(1) // T
+    count = thinks.view(B, T, runs).cumprod(dim=2).sum(dim=2)  # (B, T) thoughts behind each real token
+    start = (1 + count).cumsum(dim=1) - 1 - count  # (B, T) the real token's column
+    columns = max(1, int(start.gather(1, length[:, None] - 1).max()))
+    column = torch.arange(columns, device=real.device).expand(B, columns).contiguous()
+    pointer = torch.minimum(torch.searchsorted(start, column, right=True), length[:, None])
+    run, valid = column - start.gather(1, pointer - 1), pointer < length[:, None]
+    behind = ~valid & (run > 0)  # there stands the token that the pointer is at, as in `rollout`
+    word = F.pad(real, (0, 1)).gather(1, pointer - 1 + behind.long())
+    run = run * valid
+    thought = thoughts.gather(1, ((pointer - 1) * runs + run - 1).clamp(min=0))  # of the place that was left for this one
+    return torch.where(run > 0, V + thought, word), pointer, run, valid
+
+
+def without_thoughts(real: Tensor, length: Tensor) -> Rollout:
+    """The rollout of rows that are given to their end and never think: nothing is drawn, so all columns are known at once."""
+    column = torch.arange(int(length.max()) - 1, device=real.device)
+    pointer = torch.minimum(column + 1, length[:, None])  # (B, C)
+    stream = real.gather(1, torch.minimum(column, length[:, None]).clamp(max=real.size(1) - 1))
+    nowhere = torch.zeros_like(pointer, dtype=torch.bool)
+    return Rollout(stream, pointer, nowhere, nowhere, nowhere, pointer < length[:, None], real, length, nothing_taken(real))
+
+
+def hold_run(run: Tensor, thinking: Thinking) -> Tensor | None:
+    """Probability of a thought, where the gate is not asked: of the first in a run, and then to go on -> as run, thoughts already in it; None where it is asked."""
+    return None if thinking.hold is None else torch.where(run == 0, thinking.hold, 1.0)
+
+
+def decide(logit: Tensor, uniform: Tensor, hold: Tensor | float | None, thinking: Thinking) -> Tensor:
+    """Yes or no, by uniform noise in 0 .. 1: with the probability `hold` or, where that is None, as the logit says -> bool of that shape."""
+    if hold is not None:
+        return uniform < hold
+    p = logit.sigmoid()
+    return uniform < (p.round() if thinking.greedy else thinking.explore + (1 - 2 * thinking.explore) * p)
+
+
+def gumbel(empty: Tensor, generator=None) -> Tensor:
+    """Fills a tensor with Gumbel noise."""
+    return empty.exponential_(generator=generator).log_().neg_()
+
+
+def draw(logits: Tensor, generator=None) -> Tensor:
+    """A draw from the softmax of (B, N) logits -> (B,), by the Gumbel-max trick (Gumbel 1954)."""
+    return (logits + gumbel(torch.empty_like(logits), generator)).argmax(dim=-1)
+
+
+def choose(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
+    """(B, V or V + 1) word logits -> (B,) ids: the likeliest, or a draw at a temperature among the top k."""
+    if thinking.greedy:
+        return logits.argmax(dim=-1)
+    if thinking.top_k:
+        kth = logits.topk(min(thinking.top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return draw(logits / thinking.temperature, generator)
+
+
+def choose_thought(logits: Tensor, gumbels: Tensor | None, thinking: Thinking) -> Tensor:
+    """(B, ..., K) thought logits, and noise to draw with -> (B, ...) thoughts 0 .. K-1, by policy or with an ablation."""
+    if thinking.mode == "random":
+        return gumbels.argmax(dim=-1)
+    if thinking.mode == "constant":
+        return torch.full(logits.shape[:-1], thinking.constant, device=logits.device)
+    thought = (logits if gumbels is None else logits + gumbels).argmax(dim=-1)
+    return thought.roll(1, dims=0) if thinking.mode == "swapped" else thought
+
+
+def generate(model: GPT, prompts: list[list[int]], new_tokens: int, thinking: Thinking, generator=None, stop: int = -1, watch=None) -> tuple[list, Rollout]:
+    """
+    Answer prompts of any lengths in one batch -> for each the new real tokens (without `stop`), and the rollout, see `speak`.
+    No thought and no control token is in the answers; whoever wants to see them finds them in the rollout's stream.
+    """
+    device = model.embedding.weight.device
+    given = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    if (given == 0).any():
+        raise ValueError("a prompt holds at least one token")
+    real = torch.zeros(len(prompts), int(given.max()) + new_tokens, dtype=torch.long, device=device)
+    for row, prompt in zip(real, prompts):
+        row[: len(prompt)] = torch.tensor(prompt, device=device)
+    roll = speak(model, real, given, given + new_tokens, thinking, generator, stop, watch)
+    answers = [row[start:end].tolist() for row, start, end in zip(roll.real, given.tolist(), roll.length.tolist())]
+    return [answer[:-1] if answer and answer[-1] == stop else answer for answer in answers], roll
