@@ -5,7 +5,7 @@ What control tokens are worth: is RECALL used where it helps, does REVISE mend, 
   python control.py --hidden=5000             no run: random models and prompts, and whether a thought or control token was ever said
 
 Measured on validation rows, which training never drew, by a generator of its own. What does not apply to a model is left out.
-Not here: the loop that is measured (`speak` in model.py).
+Not here: the loop that is measured (`speak` in stream.py).
 """
 
 import dataclasses

@@ -55,9 +55,9 @@ def ablations() -> dict:
 
 
 def prices() -> dict:
-    """The think cost, one layer, three seeds."""
+    """The think cost, one layer, five seeds."""
     return {
-        f"price {price}": {f"{price}_{s}": [*CHAIN, "--n_layer=1", f"--think_cost={price}", f"--seed={s}"] for s in SEEDS[:3]}
+        f"price {price}": {f"{price}_{s}": [*CHAIN, "--n_layer=1", f"--think_cost={price}", f"--seed={s}"] for s in SEEDS}
         for price in (0.0, 0.05, 0.5, 0.7, 1.0)
     }
 

@@ -113,14 +113,15 @@ def look(model: GPT, stream: Tensor, mask: Tensor | None = None, position: Tenso
 # a trace: what can be written down
 
 
-def shown(tokens: list[int], vocabulary: Vocabulary) -> list[str]:
+def shown(tokens: list[int], vocabulary: Vocabulary, recall: int = -1) -> list[str]:
     """
-    The text of each token, thoughts as [k]. The texts of the real ones, one behind the other, are the text: where a token ends inside a
+    The text of each token, thoughts as [k], the id `recall` as [recall]. The texts of the real ones, one behind the other, are the text: where a token ends inside a
     character, the character is shown with the token that ends it. The end of a row is not shown.
     """
     V, decoder = len(vocabulary.tokens), codecs.getincrementaldecoder("utf-8")("replace")
     last = max((i for i, token in enumerate(tokens) if token < V), default=-1)
-    return [f"[{t - V}]" if t >= V else "" if t == vocabulary.row_end else decoder.decode(vocabulary.pieces[t], i == last) for i, t in enumerate(tokens)]
+    hidden = lambda t: "[recall]" if t == recall else f"[{t - V}]"  # noqa: E731
+    return [hidden(t) if t >= V else "" if t == vocabulary.row_end else decoder.decode(vocabulary.pieces[t], i == last) for i, t in enumerate(tokens)]
 
 
 def trace(model: GPT, roll: Rollout, given: int, vocabulary: Vocabulary, window: int = 0) -> dict:
@@ -130,7 +131,7 @@ def trace(model: GPT, roll: Rollout, given: int, vocabulary: Vocabulary, window:
     output, sight = look(model, roll.stream, roll.view(window), roll.position)
     rounded = lambda x: [round(number, 4) for number in x.tolist()]  # noqa: E731
     tokens, coming_next = roll.stream[0].tolist(), targets(roll)[0].tolist()
-    texts = shown(tokens + coming_next[-1:], vocabulary)
+    texts = shown(tokens + coming_next[-1:], vocabulary, model.config.vocab_size + model.config.n_think)
     pointer, thinks, decides = (part[0].tolist() for part in (roll.pointer, roll.thinks, roll.decides))
     loss, slope, gate = rounded(word_loss(output.words, roll)[0]), rounded(sight.slope[0]), rounded(output.gate[0].sigmoid())
     columns = []

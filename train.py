@@ -84,6 +84,8 @@ class Trainer:
             raise DataError(f"baseline = {config.baseline!r} is none of leave_one_out, observer, both")
         if config.baseline != "leave_one_out" and not config.observer:
             raise DataError(f"baseline = {config.baseline!r} needs an observer, e.g. --observer=quarters")
+        if config.window < 0 or not 0 <= config.corrupt <= 1:
+            raise DataError(f"window = {config.window} cannot be negative, and corrupt = {config.corrupt} is a share, 0 to 1")
         if config.threads:
             torch.set_num_threads(config.threads)
         self.meta = load_meta(config.data)

@@ -117,6 +117,7 @@ def test_a_character_in_two_tokens_is_shown_once():
     vocabulary.pieces = [b"\xc3", b"\xa9", b"a"]
     assert shown([2, 0, 3, 1, 2], vocabulary) == ["a", "", "[0]", "é", "a"]
     assert shown([2, 0], vocabulary) == ["a", "\ufffd"]
+    assert shown([2, 4, 3], vocabulary, recall=4) == ["a", "[recall]", "[0]"]
 
 
 @pytest.mark.parametrize("max_run", [1, 2])
