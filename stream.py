@@ -184,7 +184,7 @@ def speak(
 ) -> Rollout:
     """
     The loop of all control. Feed a column to each row, and let it do one of four things:
-      REVISE   take its last word back, with the thoughts behind it: return to the column that said it, where this word is now forbidden
+      REVISE   if that is likelier than not, take its last word back, with the thoughts behind it: return to the column that said it, where this word is now forbidden
       think    append a thought, unless the run (max_run), the row (budget) or DONE ends it
       RECALL   append the column that sees everything
       speak    append the next real token: one of the first `given` (B,), from there to `length` (B,) the model's own; a row that says `stop` ends there
@@ -204,7 +204,6 @@ def speak(
     token, pointer, run, spent, revised = real[:, 0], torch.ones_like(rows), *torch.zeros(3, B, dtype=torch.long, device=device)
     record, at = torch.zeros(7, B, columns, dtype=torch.long, device=device), torch.zeros_like(rows)  # what each column was, and how many there are
     stack, taken = torch.zeros_like(real), torch.full((B, revisions, 2), -1, device=device)  # (index in real, word)
-    forbidden = taken
     while True:
         before, opens, valid = cache.length, token == V + K, pointer < length
         own = valid & (pointer >= given)
@@ -212,13 +211,12 @@ def speak(
         if torch.is_tensor(before):
             cache.length = before + (valid & ~opens).long()  # a RECALL leaves no trace; a row that is done stands still
 
-        words, thinks, recalls = out.words, nowhere, nowhere  # (B, V), or (B, V + 1) with REVISE
+        words, thinks, recalls, revises = out.words[:, :V], nowhere, nowhere, nowhere
         if can.revise:
-            may = (pointer > given) & (revised < revisions) & ((forbidden[..., 0] == pointer[:, None] - 1).sum(dim=1) < V - 1)  # leave it a word to say
-            words = words.masked_fill(torch.cat([forbidden_here(forbidden, pointer, V), ~may[:, None]], dim=1), -torch.inf)
-        word = choose(words, thinking, generator)
-        revises = valid & (word == V)
-        word = torch.where(own, word, real[rows, pointer])
+            may = (pointer > given) & (revised < revisions) & ((taken[..., 0] == pointer[:, None] - 1).sum(dim=1) < V - 1)  # leave it a word to say
+            revises = valid & may & (out.words[:, V] > words.logsumexp(dim=-1))  # a decision, not a draw: likelier than all words together
+            words = words.masked_fill(taken_here(taken, pointer, V), -torch.inf)
+        word = torch.where(own, choose(words, thinking, generator), real[rows, pointer])
 
         decides = valid & ~revises & (run < runs) & may_follow[token]
         if thinking.budget:
@@ -246,9 +244,7 @@ def speak(
             token, run, cache.length = torch.where(revises, record[:, rows, at.clamp(max=columns - 1)][[0, 5, 6]], torch.stack([token, run, cache.length]))
             turn = (revises[:, None] & (torch.arange(revisions, device=device) == revised[:, None]))[..., None]  # (B, R, 1)
             back = torch.stack([pointer, real[rows, pointer]], dim=-1)[:, None]  # (B, 1, 2)
-            taken, forbidden = torch.where(turn, back, taken), torch.where(turn, back, forbidden)
-            forbidden = forbidden.masked_fill(forbidden[..., :1] > pointer[:, None, None], -1)  # of places that the row has left again
-            revised = revised + revises
+            taken, revised = torch.where(turn, back, taken), revised + revises
         if watch:
             watch(token)
         if (pointer >= length).all():
@@ -258,9 +254,9 @@ def speak(
     return Rollout(stream, torch.where(valid, place, length[:, None]), *(flag.bool() & valid for flag in flags), valid, real[:, :-1], length, taken)
 
 
-def forbidden_here(forbidden: Tensor, pointer: Tensor, V: int) -> Tensor:
+def taken_here(taken: Tensor, pointer: Tensor, V: int) -> Tensor:
     """Words that were taken back, (B, R, 2) of index and word -> (B, V) bool: those taken back at the row's pointer (B,)."""
-    word = torch.where(forbidden[..., 0] == pointer[:, None], forbidden[..., 1], V)  # (B, R), V for none
+    word = torch.where(taken[..., 0] == pointer[:, None], taken[..., 1], V)  # (B, R), V for none
     return torch.zeros(len(word), V + 1, dtype=torch.bool, device=word.device).scatter(1, word, True)[:, :V]
 
 
@@ -378,7 +374,7 @@ def draw(logits: Tensor, generator=None) -> Tensor:
 
 
 def choose(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
-    """(B, V or V + 1) word logits -> (B,) ids: the likeliest, or a draw at a temperature among the top k."""
+    """(B, V) word logits -> (B,) ids: the likeliest, or a draw at a temperature among the top k."""
     if thinking.greedy:
         return logits.argmax(dim=-1)
     if thinking.top_k:
