@@ -146,7 +146,12 @@ def demonstrations() -> dict:
     return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[:3]} for i, (row, options) in enumerate(kinds.items())}
 
 
-SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer, observer_text, recall, revise, demonstrations)}
+def done() -> dict:
+    """Up to three thoughts in a row, ended by the gate or by DONE. One layer, one seed."""
+    return {f"{what} ends a run": {what: [*CHAIN, "--max_run=3", *options, "--seed=1"]} for what, options in {"gate": [], "DONE": ["--done=true"]}.items()}
+
+
+SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer, observer_text, recall, revise, demonstrations, done)}
 CONTROL = ("recall", "revise", "demonstrations")  # sets that control.py measures
 DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py; other folders have a prepare.py of their own
     "characters": ["--tokens=characters"],
@@ -301,6 +306,7 @@ COLUMNS = {  # the tables of each set
     "recall": [[f"{how}, {what}" for how in ("policy", "never", "always", "scattered") for what in ("accuracy", "at the question", "elsewhere", "cost")]],
     "revise": [["5", *(f"sampled, {x}" for x in ("forbidden", "allowed", "errors gone", "false revisions", "caught", "taken back a row")), "seconds"]],
     "demonstrations": [["2", "4", "8", *(f"95% at 1 to {n}, step" for n in (2, 4, 8)), *(f"{x} at {n}" for n in (2, 4, 8) for x in ("follows", "keeps"))]],
+    "done": [["worst trained length", "8", "128, window 16", "8, never", "8, swapped", *(f"thoughts at {n}" for n in (1, 2, 4, 8)), "seconds"]],
     "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "3, constant", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
 }
 
@@ -371,6 +377,27 @@ def draw_observer(folders: dict[str, list[Path]], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_learning(folders: dict[str, list[Path]], path: Path) -> None:
+    """Answers right on validation rows against steps: left at four operations, right at eight. One colour a kind of run, one line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for level, axis in zip(("4", "8"), axes):
+        for i, (row, runs) in enumerate(folders.items()):
+            for j, folder in enumerate(runs):
+                logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                points = [(log["step"] + 1, log["validation"][level]) for log in logs if "validation" in log]
+                axis.plot(*zip(*points), color=f"C{i}", lw=1, label=None if j else row)
+        axis.set(xlabel="step", title=f"{level} operations")
+    axes[0].set(ylabel="answers right", ylim=(0, 1.03))
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def main(argv: list[str]) -> None:
     config = load_config([a for a in argv if a.startswith("--")], ExperimentConfig)
     names = [a for a in argv if not a.startswith("--")]
@@ -388,6 +415,8 @@ def main(argv: list[str]) -> None:
             table(folders, columns)
         if name == "prices":
             draw_frontier(folders, Path("out") / name / "frontier.png")
+        if name == "demonstrations":
+            draw_learning(folders, Path("out") / name / "learning.png")
         if name.startswith("observer"):
             draw_observer(folders, Path("out") / name / "observer.png")
 
