@@ -121,12 +121,15 @@ def recall() -> dict:
 
 
 def revise() -> dict:
-    """REVISE: additions of five digits, sampled, by models that can take a digit back and models that cannot, three seeds."""
-    rows = {}
-    for steps in (1500, 2500):
-        for kind, options in {"with REVISE": [], "trained without": ["--revise=false"]}.items():
+    """REVISE: additions of five digits, sampled, by models that can take a digit back, from the start or as something added, and by models that cannot; three seeds."""
+    rows, kinds = {}, {"with REVISE": [], "without": ["--revise=false"]}
+    for kind, options in kinds.items():
+        for steps in (1500, 2500):
             base = ["config/revise.toml", "--report=false", f"--steps={steps}", *options]
             rows[f"{kind}, {steps:,} steps"] = {f"{steps}_{len(options)}_{s}": [*base, f"--seed={s}"] for s in SEEDS[:3]}
+    for name, (kind, options) in zip(("added", "longer"), kinds.items()):
+        base = ["config/revise.toml", "--report=false", "--steps=1000", *options]
+        rows[f"without, 1,500 steps, then {kind}, 1,000 more"] = {f"{name}_{s}": [*base, f"--init_from=out/revise/1500_1_{s}", f"--seed={s}"] for s in SEEDS[:3]}
     return rows
 
 
@@ -208,7 +211,7 @@ def first_time(folder: Path, unit: str = "seconds", share: float = 0.95, up_to: 
     """Seconds, or the step, of training after which every validation level up to `up_to` was answered to this share."""
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         log = json.loads(line)
-        if "validation" in log and min(a for n, a in log["validation"].items() if int(n) <= up_to) >= share:
+        if min((a for n, a in log.get("validation", {}).items() if int(n) <= up_to), default=0) >= share:
             return log[unit]
     return None
 
