@@ -128,14 +128,14 @@ def revise() -> dict:
             base = ["config/revise.toml", "--report=false", f"--steps={steps}", *options]
             rows[f"{kind}, {steps:,} steps"] = {f"{steps}_{len(options)}_{s}": [*base, f"--seed={s}"] for s in SEEDS[:3]}
     for name, (kind, options) in zip(("added", "longer"), kinds.items()):
-        base = ["config/revise.toml", "--report=false", "--steps=1000", *options]
-        rows[f"without, 1,500 steps, then {kind}, 1,000 more"] = {f"{name}_{s}": [*base, f"--init_from=out/revise/1500_1_{s}", f"--seed={s}"] for s in SEEDS[:3]}
+        base = ["config/revise.toml", "--report=false", "--steps=1500", *options]
+        rows[f"without, 1,500 steps, then {kind}, 1,500 more"] = {f"{name}_{s}": [*base, f"--init_from=out/revise/1500_1_{s}", f"--seed={s}"] for s in SEEDS[:3]}
     return rows
 
 
 def demonstrations() -> dict:
     """A share of the rows says what to think where: how soon the rest is learned, and whether answers follow thoughts. One layer, 800 steps, three seeds."""
-    base = [*CHAIN, "--steps=800", "--free=1", "--report=false", "--eval_every=25", "--data=out/data/demonstrated"]
+    base = [*CHAIN, "--steps=800", "--free=1", "--report=false", "--eval_every=50", "--data=out/data/demonstrated"]
     every = ["--curriculum=false", "--split_every=0"]  # who is shown the thoughts of long rows needs no short ones first
     kinds = {
         "none shown, short rows first": ["--demonstrate=0"],
@@ -208,11 +208,11 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 
 def first_time(folder: Path, unit: str = "seconds", share: float = 0.95, up_to: int = 4) -> float | None:
-    """Seconds, or the step, of training after which every validation level up to `up_to` was answered to this share."""
+    """Seconds, or steps, of training after which every validation level up to `up_to` was answered to this share."""
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         log = json.loads(line)
         if min((a for n, a in log.get("validation", {}).items() if int(n) <= up_to), default=0) >= share:
-            return log[unit]
+            return log["seconds"] if unit == "seconds" else log["step"] + 1
     return None
 
 
@@ -221,10 +221,10 @@ def measure_control(found: dict, folder: Path) -> dict[str, float | None]:
     numbers = {f"sampled, {name}": value for line in found["sampled"].values() for name, value in line.items()}
     numbers |= {f"{how}, {name}": value for how, line in found.get("recall", {}).items() for name, value in line.items()}
     if follow := found.get("follow"):
-        numbers |= {f"{name} at {n}": line[name] for n, line in follow.items() for name in ("follows", "keeps")}
+        numbers |= {f"{name} at {n}": share for n, line in follow.items() for name, share in line.items()}
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
     numbers |= {n: a for n, a in last["validation"].items()} | {"seconds": last["seconds"]}
-    return numbers | {f"95% at 1 to {n}, step": first_time(folder, "step", up_to=n) for n in (2, 4, 8)}
+    return numbers | {f"95% at 1 to {n}, steps": first_time(folder, "steps", up_to=n) for n in (2, 4, 8)}
 
 
 def measure(folder: Path) -> dict[str, float | None]:
@@ -308,7 +308,7 @@ COLUMNS = {  # the tables of each set
     "observer_text": [["nats", "less than plain", "never", "random", "scattered", "thoughts a token", "seconds"], *OBSERVER],
     "recall": [[f"{how}, {what}" for how in ("policy", "never", "always", "scattered") for what in ("accuracy", "at the question", "elsewhere", "cost")]],
     "revise": [["5", *(f"sampled, {x}" for x in ("forbidden", "allowed", "errors gone", "false revisions", "caught", "taken back a row")), "seconds"]],
-    "demonstrations": [["2", "4", "8", *(f"95% at 1 to {n}, step" for n in (2, 4, 8)), *(f"{x} at {n}" for n in (2, 4, 8) for x in ("follows", "keeps"))]],
+    "demonstrations": [["2", "4", "8", *(f"95% at 1 to {n}, steps" for n in (2, 4, 8)), *(f"{x} at 8" for x in ("follows", "keeps", "follows, earlier", "keeps, earlier"))]],
     "done": [["worst trained length", "8", "128, window 16", "8, never", "8, swapped", *(f"thoughts at {n}" for n in (1, 2, 4, 8)), "seconds"]],
     "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "3, constant", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
 }
