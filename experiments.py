@@ -127,7 +127,8 @@ def revise() -> dict:
         for steps in (1500, 2500):
             base = ["config/revise.toml", "--report=false", f"--steps={steps}", *options]
             rows[f"{kind}, {steps:,} steps"] = {f"{steps}_{len(options)}_{s}": [*base, f"--seed={s}"] for s in SEEDS[:3]}
-    for name, (kind, options) in zip(("added", "longer"), kinds.items()):
+    kinds = {"with REVISE": [], "without": ["--revise=false"], "with REVISE, half of the words corrupted": ["--corrupt=0.5"]}
+    for name, (kind, options) in zip(("added", "longer", "half"), kinds.items()):
         base = ["config/revise.toml", "--report=false", "--steps=1500", *options]
         rows[f"without, 1,500 steps, then {kind}, 1,500 more"] = {f"{name}_{s}": [*base, f"--init_from=out/revise/1500_1_{s}", f"--seed={s}"] for s in SEEDS[:3]}
     return rows
