@@ -28,7 +28,7 @@ from loss import hybrid_loss
 from model import GPT, GPTConfig
 from runs import Config, as_trained, load_config, load_model, pick_device, run
 from stream import Thinking, draw, parallel_rollout, rollout, speak
-from train import rolls_in_parallel
+from train import find_rollout
 
 
 @dataclass
@@ -118,10 +118,7 @@ def training_step(c: BenchConfig, device: str, n_think: int, forget: float = 0.0
 
     def step() -> dict[str, float]:
         clock = Clock(device)
-        if rolls_in_parallel(config, device, c.rows):
-            roll, _ = parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise)
-        else:
-            roll = rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise)
+        roll, _ = find_rollout(model, batch, config, device, Thinking(hold=1.0), noise)
         clock.tick("rollout")
         loss, _ = hybrid_loss(Watched(model, clock), roll, batch, config, False, noise)
         clock.tick("losses")

@@ -332,8 +332,8 @@ def calibrate(config: CalibrationConfig) -> dict:
     """All of it for a model with an observer; of one without only `places`, and `blind` with nothing taken away, to stand beside it."""
     model, vocabulary, state = load_model(config.run)
     trained = Config(**state["config"])
-    if trained.done or trained.recall:
-        raise DataError("calibrate.py tells the gate what to do, and knows thinking and speaking only: train without done and recall")
+    if trained.done or trained.recall or trained.window:
+        raise DataError("calibrate.py knows thinking and speaking only, with everything in view: train without done, recall and window")
     train_rows, *splits = (load_split(trained.data, name, vocabulary, trained.block) for name in ("train", "val", "test") if Path(trained.data, f"{name}.bin").exists())
     thinking = dataclasses.replace(as_trained(state, vocabulary), greedy=True)
     result = {"task": state["meta"]["task"], "seed": trained.seed, "steps": state["progress"]["step"], "params": sum(p.numel() for p in model.parameters())}

@@ -21,7 +21,7 @@ from data.dataset import Batch, DataError, Rows, load_split
 from loss import evaluate, token_loss
 from model import GPT, GPTConfig
 from runs import Config, as_trained, load_config, load_model, pick_device, run
-from stream import Noise, Rollout, Thinking, generate, rollout, speak
+from stream import Noise, Rollout, Thinking, generate, load_dice, rollout, speak
 
 
 @dataclass
@@ -62,7 +62,6 @@ def recall(model: GPT, split: Rows, thinking: Thinking, config: Config, rows: in
 def revise(model: GPT, batch: Batch, thinking: Thinking, samples: int, revisions: int) -> dict:
     """
     Exact match of sampled answers, temperature 1, with REVISE and without; of the wrong words said the share that was taken back, and of the right ones.
-    `first` counts a row by the first words it said, whatever it took back.
     """
     batch, device = batch.repeat(samples), model.embedding.weight.device
     batch, result = batch.to(device), {}
@@ -74,8 +73,8 @@ def revise(model: GPT, batch: Batch, thinking: Thinking, samples: int, revisions
         place, word = roll.taken.unbind(-1)  # (B, R)
         truth = batch.real.gather(1, place.clamp(min=0))
         false, caught = ((place >= 0) & (word == truth)).sum().item(), ((place >= 0) & (word != truth)).sum().item()
-        answer = torch.arange(batch.real.size(1), device=device) >= batch.prompt[:, None]
-        answer = answer & (torch.arange(batch.real.size(1), device=device) < batch.length[:, None])
+        index = torch.arange(batch.real.size(1), device=device)
+        answer = (index >= batch.prompt[:, None]) & (index < batch.length[:, None])
         said_right, said_wrong = ((roll.real == batch.real) & answer).sum().item(), ((roll.real != batch.real) & answer).sum().item()
         result |= {"errors gone": 1 - (1 - result["allowed"]) / max(1e-9, 1 - result["forbidden"])}
         result |= {"false revisions": false / max(1, said_right + false), "caught": caught / max(1, said_wrong + caught), "taken back a row": (false + caught) / len(right)}
@@ -96,11 +95,9 @@ def told(roll: Rollout, batch: Batch, V: int, K: int, runs: int, back: int, dono
     thoughts, here = thoughts.view(B, T, runs), batch.prompt - 1 - back
     own, other = thoughts[rows, here], thoughts[donor, here[donor]]  # (B, runs)
     thoughts[rows, here] = other
-    known = (torch.arange(T, device=donor.device) <= here[:, None])[..., None].expand_as(thoughts).flatten(1)  # (B, places)
-    flat = thoughts.flatten(1)
-    think = torch.where(known, torch.where(flat >= 0, -1.0, 2.0), 0.5)
-    choice = torch.where(F.one_hot(flat.clamp(min=0), K).bool() | ~known[..., None], 0.0, -torch.inf)
-    return Noise(think, choice, torch.full((B, T), 0.5, device=donor.device)), (own[:, 0] >= 0) & (other[:, 0] >= 0)
+    half = torch.full((B, T * runs), 0.5, device=donor.device)  # no chance: who is greedy and asks a gate needs none
+    even = Noise(half, half.new_zeros(B, T * runs, K), half[:, :T])
+    return load_dice(even, thoughts, torch.arange(T, device=donor.device) <= here[:, None]), (own[:, 0] >= 0) & (other[:, 0] >= 0)
 
 
 def follow(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
@@ -117,17 +114,17 @@ def follow(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
         if (batch.prompt != batch.prompt[0]).any():
             raise DataError(f"rows of level {level} have prompts of several lengths, so that one cannot stand in for another")
         first = int(batch.prompt[0])
-        same = lambda a, b, start, end=None: (a[:, start:end] == b[:, start:end]).all(dim=-1)  # noqa: E731
+        same = lambda a, b: (a[..., first:] == b[..., first:]).all(dim=-1)  # noqa: E731 one answer
         for back, suffix in ((1, ""), (2, ", earlier")):
             if first - 1 - back < 1:
                 continue
             other = (batch.real[:, None, first - back : first] == batch.real[None, :, first - back : first]).all(dim=-1)  # (B, B) goes on with the same tokens
-            other = other & ~(batch.real[:, None, first:] == batch.real[None, :, first:]).all(dim=-1) & right & right[:, None]
+            other = other & ~same(batch.real[:, None], batch.real) & right & right[:, None]
             score = other * torch.rand(B, B, generator=generator, device=right.device)
             donor, found = score.argmax(dim=1), other.any(dim=1)
             noise, there = told(roll, batch, config.vocab_size, config.n_think, greedy.max_run, back, donor)
             again, asked = speak(model, batch.real, batch.prompt, batch.length, greedy, generator, noise=noise), found & there
-            counts = {"follows": same(again.real, batch.real[donor], first), "keeps": same(again.real, batch.real, first)}
+            counts = {"follows": same(again.real, batch.real[donor]), "keeps": same(again.real, batch.real)}
             if asked.any():
                 line |= {f"rows{suffix}": int(asked.sum())} | {name + suffix: x[asked].double().mean().item() for name, x in counts.items()}
         if len(line) == 6:

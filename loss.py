@@ -185,6 +185,11 @@ def information_kept(thoughts: Tensor, where: Tensor) -> Tensor:
     return entropy(total(p.sum(dim=0)) / count) - total(entropy(p).sum()) / count
 
 
+def first_own(batch: Batch) -> Tensor:
+    """-> (B, 1): index of the first real token that the model may have said itself: the answer's first, or the second of a row without an answer."""
+    return torch.where(batch.prompt < batch.length, batch.prompt, 1)[:, None]
+
+
 def wrong_words(batch: Batch, V: int, corrupt: float, generator=None) -> Tensor:
     """
     -> (B, T): a wrong word for some of the real tokens, -1 for the others. Those that the data hold, and else, with the probability `corrupt`, one of the
@@ -192,7 +197,7 @@ def wrong_words(batch: Batch, V: int, corrupt: float, generator=None) -> Tensor:
     """
     B, T = batch.real.shape
     place = torch.arange(T, device=batch.real.device)
-    own = (place >= torch.where(batch.prompt < batch.length, batch.prompt, 1)[:, None]) & (place < batch.length[:, None])
+    own = (place >= first_own(batch)) & (place < batch.length[:, None])
     tries = torch.rand(B, T, generator=generator, device=place.device) < corrupt
     other = torch.randint(1, V, (B, T), generator=generator, device=place.device)
     drawn = torch.where(own & tries, (batch.real + other) % V, -1)
@@ -229,7 +234,7 @@ def first_pass(model: GPT, here: Tensor, roll: Rollout, batch: Batch, config: Co
     word, there, position, mask = with_wrong_words(roll, batch.wrong, config.window)
     out = model(torch.cat([here, model.embedding(word)], dim=1), mask, position=position)
     regret = -out.words[:, C:].log_softmax(dim=-1)[..., V]  # (B, E)
-    asked = roll.valid & ((roll.pointer >= batch.prompt[:, None]) | (batch.prompt >= batch.length)[:, None])  # weigh a wrong word like a right one
+    asked = roll.valid & (roll.pointer >= first_own(batch))  # weigh a wrong word like a right one
     return Output(*(part[:, :C] for part in out)), total((regret * there).sum()) / total(asked.sum()).clamp(min=1)
 
 

@@ -309,12 +309,12 @@ class GPT(nn.Module):
             theirs, ours = weights[name], own[name]
             if self.config.vocab_size <= len(theirs) <= len(ours) and theirs.shape[1:] == ours.shape[1:]:
                 weights = weights | {name: torch.cat([theirs.to(ours), ours[len(theirs) :]])}
-        for name in ("gate.weight", "gate.bias"):  # thinking comes first
-            if name in weights and name in own and len(weights[name]) == 1 < len(own[name]) and self.config.n_think:
-                weights = weights | {name: torch.cat([weights[name], own[name][1:, : weights[name].size(-1)] if name == "gate.weight" else own[name][1:]])}
         for name in (f"blocks.{self.config.n_layer - 1}.attention.proj.weight", "gate.weight"):  # an observer widens them: nobody listens to it yet
             if name in weights and name in own and own[name].size(1) > weights[name].size(1):
                 weights = weights | {name: F.pad(weights[name], (0, own[name].size(1) - weights[name].size(1)))}
+        for name in ("gate.weight", "gate.bias"):  # thinking comes first
+            if name in weights and name in own and len(weights[name]) == 1 < len(own[name]) and self.config.n_think:
+                weights = weights | {name: torch.cat([weights[name], own[name][1:]])}
         missing = [name for name in own if name not in weights and not name.startswith(("gate.", "regret.")) and ".observer." not in name]
         wrong = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
         if missing or wrong:

@@ -121,13 +121,14 @@ def draw_noise(model: GPT, B: int, T: int, thinking: Thinking, generator=None) -
     return Noise(think, thought, uniform(B, T * model.config.recall))
 
 
-def load_dice(noise: Noise, thoughts: Tensor, rows: Tensor) -> Noise:
-    """Noise that makes some rows, (B,) bool, think the thoughts (B, T, R), 0 .. K-1 or -1 for none, behind each real token, and no others."""
+def load_dice(noise: Noise, thoughts: Tensor, where: Tensor) -> Noise:
+    """Noise that makes rows think the thoughts (B, T, R), 0 .. K-1 or -1 for none, behind the real tokens `where` (B, T or 1) bool, and no others there."""
     B, T, R = thoughts.shape
-    told = F.pad(thoughts, (0, noise.think.size(1) // T - R), value=-1).flatten(1)  # (B, places)
+    runs = noise.think.size(1) // T
+    told, where = F.pad(thoughts, (0, runs - R), value=-1).flatten(1), where.expand(B, T).repeat_interleave(runs, dim=1)  # (B, places)
     choice = torch.where(F.one_hot(told.clamp(min=0), noise.thought.size(2)).bool(), 0.0, -torch.inf).to(noise.thought)
-    think = torch.where(rows[:, None], torch.where(told >= 0, -1.0, 2.0).to(noise.think), noise.think)  # below every probability, and above
-    return noise._replace(think=think, thought=torch.where(rows[:, None, None], choice, noise.thought))
+    think = torch.where(where, torch.where(told >= 0, -1.0, 2.0).to(noise.think), noise.think)  # below every probability, and above
+    return noise._replace(think=think, thought=torch.where(where[..., None], choice, noise.thought))
 
 
 @torch.no_grad()
@@ -211,7 +212,7 @@ def speak(
         if torch.is_tensor(before):
             cache.length = before + (valid & ~opens).long()  # a RECALL leaves no trace; a row that is done stands still
 
-        words, thinks, recalls, revises = out.words[:, :V], nowhere, nowhere, nowhere
+        words, thinks, thought, recalls, revises = out.words[:, :V], nowhere, nowhere, nowhere, nowhere
         if can.revise:
             may = (pointer > given) & (revised < revisions) & ((taken[..., 0] == pointer[:, None] - 1).sum(dim=1) < V - 1)  # leave it a word to say
             revises = valid & may & (out.words[:, V] > words.logsumexp(dim=-1))  # a decision, not a draw: likelier than all words together
@@ -234,7 +235,7 @@ def speak(
         stack[rows, pointer] = torch.where(speaks, at, stack[rows, pointer])  # push
         real[rows, pointer] = torch.where(speaks, word, real[rows, pointer])
         length = torch.where(speaks & own & (word == stop), pointer + 1, length)
-        token = torch.where(thinks, V + thought, torch.where(recalls, V + K, word)) if runs else torch.where(recalls, V + K, word)
+        token = torch.where(thinks, V + thought, torch.where(recalls, V + K, word))
         run, spent = torch.where(thinks, run + 1, 0), spent + (thinks & own)
         pointer, at = torch.where(speaks, pointer + 1, pointer), torch.where(valid, at + 1, at)
 

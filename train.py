@@ -71,6 +71,14 @@ def rolls_in_parallel(config: Config, device: str, rows: int) -> bool:
     return config.rollout == "parallel" or config.rollout == "auto" and possible and (device != "cpu" or rows <= 16)
 
 
+def find_rollout(model: GPT, batch: Batch, config: Config, device: str, thinking: Thinking, generator=None, noise: Noise | None = None) -> tuple[Rollout, int]:
+    """The one rollout there is for this noise, in the way that costs less -> the rollout, passes through the model."""
+    if rolls_in_parallel(config, device, len(batch.real)):
+        return parallel_rollout(model, batch.real, batch.length, thinking, generator, noise)
+    roll = rollout(model, batch.real, batch.length, thinking, generator, noise)
+    return roll, roll.stream.size(1) * (model.gate is not None)
+
+
 class Trainer:
     def __init__(self, config: Config):
         self.config, self.device = config, pick_device(config.device)
@@ -111,6 +119,7 @@ class Trainer:
         self.clipped = [[p for watching, p in named if watching == which] for which in (False, True)]
         self.generator = torch.Generator().manual_seed(config.seed)  # rows
         self.noise = torch.Generator(self.device).manual_seed(config.seed)  # rollouts, cuts
+        self.free, self.taught = (how_to_think(config, self.vocabulary, paid) for paid in (False, True))
         self.step, self.seconds, self.paid = 0, 0.0, False
         self.reached = 1 if config.curriculum else len(self.train_rows.levels)  # levels in use
         self.average = 2.0  # moving average of the loss of the longest level in use
@@ -118,7 +127,7 @@ class Trainer:
 
     @property
     def thinking(self) -> Thinking:
-        return how_to_think(self.config, self.vocabulary, self.paid)
+        return self.taught if self.paid else self.free
 
     def schedule(self) -> float:
         """Share of the peak learning rates: linear warm-up, then cosine decay."""
@@ -139,12 +148,8 @@ class Trainer:
         if self.model.gate is not None:
             noise = Noise(*(part[first:end] for part in draw_noise(self.model, *whole.real.shape, thinking, self.noise)))
         if c.n_think and batch.thoughts.size(2):
-            noise = load_dice(noise, batch.thoughts, batch.shown)
-        if rolls_in_parallel(c, self.device, len(batch.real)):
-            roll, passes = parallel_rollout(self.model, batch.real, batch.length, thinking, noise=noise)
-        else:
-            roll = rollout(self.model, batch.real, batch.length, thinking, noise=noise)
-            passes = roll.stream.size(1) * (self.model.gate is not None)
+            noise = load_dice(noise, batch.thoughts, batch.shown[:, None])
+        roll, passes = find_rollout(self.model, batch, c, self.device, thinking, noise=noise)
         loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak_lr"] * self.schedule()

@@ -232,7 +232,7 @@ def test_loaded_dice_make_a_row_think_what_it_is_told_and_leave_the_others_alone
         thinking = Thinking(max_run=3, hold=hold)
         noise = draw_noise(model, 2, 4, thinking, seeded(0))
         free = rollout(model, real, length, thinking, noise=noise)
-        roll = rollout(model, real, length, thinking, noise=load_dice(noise, told, torch.tensor([True, False])))
+        roll = rollout(model, real, length, thinking, noise=load_dice(noise, told, torch.tensor([[True], [False]])))
         assert roll.alone(0).stream.tolist() == [[1, 5, 7, 2, 3, 6]]
         assert roll.alone(1).stream.tolist() == free.alone(1).stream.tolist()
 
@@ -241,7 +241,7 @@ def test_demonstrated_thoughts_and_gates_are_supervised_by_hand(tiny):
     """Beside the words' loss: -log p of each thought where it is shown, and of the gate's choice wherever it had one."""
     model, real, length = tiny(2), torch.tensor([[1, 2, 3]]), torch.tensor([3])
     batch = Batch.plain(real, length, torch.tensor([2]), length)._replace(thoughts=torch.tensor([[[2], [-1], [-1]]]), shown=torch.tensor([True]))
-    noise = load_dice(draw_noise(model, 1, 3, Thinking(), seeded(0)), batch.thoughts, batch.shown)
+    noise = load_dice(draw_noise(model, 1, 3, Thinking(), seeded(0)), batch.thoughts, batch.shown[:, None])
     roll = rollout(model, real, length, Thinking(), noise=noise)
     assert roll.stream.tolist() == [[1, 7, 2]]
     config = Config(forget=0.0, imitate=0.0)
@@ -250,3 +250,14 @@ def test_demonstrated_thoughts_and_gates_are_supervised_by_hand(tiny):
     out = model(roll.stream)
     gates = out.gate[0].sigmoid().log()[0] + (-out.gate[0]).sigmoid().log()[2]  # thinks behind 1, may and does not behind 2
     torch.testing.assert_close(taught - alone, -out.thoughts[0, 0].log_softmax(-1)[2] - gates / 2)
+
+
+def test_control_tokens_can_be_added_to_a_model_that_thinks(tiny):
+    model, richer = tiny(observer=""), tiny(seed=1, done=True, recall=True, revise=True, observer="quarters")
+    x = torch.randint(8, (2, 6), generator=seeded(0))
+    with torch.no_grad():
+        richer.gate.weight[:, 16:] = 0
+    richer.adopt(model.state_dict())
+    for name in ("thoughts", "gate"):
+        torch.testing.assert_close(getattr(richer(x), name), getattr(model(x), name))
+    torch.testing.assert_close(richer(x).words[..., :5], model(x).words)
