@@ -125,7 +125,7 @@ class KVCache:
                 raise ValueError(f"the cache holds {self.size} columns, {self.length + C} were asked for")
             self.keys[layer, :, :nh, start : start + C], self.values[layer, :, :nh, start : start + C] = k, v
         else:
-            self.keys[layer, self.rows, :nh, start], self.values[layer, self.rows, :nh, start] = k[:, :, 0], v[:, :, 0]
+            self.keys[layer, self.rows, :nh, start], self.values[layer, self.rows, :nh, start] = k[:, :, 0].to(self.keys), v[:, :, 0].to(self.values)
         return self.keys[layer, :, :nh, :seen], self.values[layer, :, :nh, :seen]
 
 

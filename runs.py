@@ -12,6 +12,7 @@ import difflib
 import os
 import sys
 import tomllib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | mps
     threads: int = 0  # CPU threads, 0 for torch's choice
     compile: bool = False  # torch.compile the two parallel passes
+    precision: str = "auto"  # of the matrix products in training: float32 | bfloat16 | auto: bfloat16 on a GPU that has it
     shown_share: float = 0.0  # share of each batch, at least, that is drawn from the rows whose thoughts are demonstrated
     # the network
     n_think: int = 16  # K, thoughts; 0 trains a plain GPT
@@ -147,6 +149,14 @@ def pick_device(name: str) -> str:
     if name not in ("auto", *there):
         raise DataError(f"device = {name!r} is not here; this machine has {', '.join(there)}")
     return there[0] if name == "auto" else name
+
+
+def autocast(precision: str, device: str):
+    """A context in which matrix products are worked out in that precision; weights, their moments and the losses stay float32. Raises DataError."""
+    if precision not in ("float32", "bfloat16", "auto"):
+        raise DataError(f"precision = {precision!r} is none of float32, bfloat16, auto")
+    half = precision == "bfloat16" or precision == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device, torch.bfloat16) if half else nullcontext()
 
 
 def run(entry, name: str) -> None:

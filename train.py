@@ -26,7 +26,7 @@ from data.dataset import Batch, DataError, load_meta, load_split, load_vocabular
 from loss import evaluate, hybrid_loss, token_loss, wrong_words
 from model import GPT
 from runs import (
-    RANK, WORLD, Config, add_up_gradients, begin_with, how_to_think, join, leave, load_checkpoint, load_config, load_weights, model_config, pick_device, run,
+    RANK, WORLD, Config, add_up_gradients, autocast, begin_with, how_to_think, join, leave, load_checkpoint, load_config, load_weights, model_config, pick_device, run,
     save_checkpoint, total,
 )  # fmt: skip
 from stream import Noise, Rollout, Thinking, draw_noise, load_dice, parallel_rollout, rollout
@@ -113,6 +113,7 @@ class Trainer:
         if config.init_from and not config.resume:
             begin_with(self.model, config.init_from, self.vocabulary)
         self.model.to(self.device)
+        self.autocast = autocast(config.precision, self.device)
         self.parallel = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay, (config.beta1, config.beta2))
         named = [(".observer." in name, p) for name, p in self.model.named_parameters()]  # the observer's surprises must not shorten everyone's step
@@ -149,8 +150,9 @@ class Trainer:
             noise = Noise(*(part[first:end] for part in draw_noise(self.model, *whole.real.shape, thinking, self.noise)))
         if c.n_think and batch.thoughts.size(2):
             noise = load_dice(noise, batch.thoughts, batch.shown[:, None])
-        roll, passes = find_rollout(self.model, batch, c, self.device, thinking, noise=noise)
-        loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
+        with self.autocast:
+            roll, passes = find_rollout(self.model, batch, c, self.device, thinking, noise=noise)
+            loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak_lr"] * self.schedule()
         self.optimiser.zero_grad()

@@ -143,6 +143,7 @@ def test_every_bad_input_gets_one_sentence(chains, tmp_path):
     assert "not TOML" in refused("train.py", bad_toml)
     assert "meta.json" in refused("train.py", f"--data={tmp_path / 'nowhere'}")
     assert "thought_grad" in refused("train.py", *common, "--thought_grad=guess", f"--out={tmp_path / 'x'}")
+    assert "precision" in refused("train.py", *common, "--precision=half", f"--out={tmp_path / 'x'}")
 
     assert "'7'" in refused("sample.py", f"--run={trained}", "1+7=") and "vocabulary" in refused("sample.py", f"--run={trained}", "1+7=")
     assert "no checkpoint" in refused("sample.py", f"--run={tmp_path / 'nowhere'}", "1+1=")

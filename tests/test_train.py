@@ -58,6 +58,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(chains, tmp_path,
     assert whole.paid == (config.n_think > 0) and not first.paid
 
 
+@pytest.mark.parametrize("changes", [{}, {"n_think": 0}, EVERYTHING])
+def test_products_in_bfloat16_change_the_loss_a_little_and_the_kept_numbers_not_at_all(chains, tmp_path, changes):
+    exact, rough = (Trainer(small(chains, tmp_path, free=0.2, mastered=9.0, precision=p, **changes)) for p in ("float32", "bfloat16"))
+    a, b = ([trainer.train_step()["loss"] for _ in range(8)] for trainer in (exact, rough))
+    assert a[0] != b[0] and max(abs(x - y) for x, y in zip(a, b)) < 0.05 * a[0]
+    assert not exact.paid if exact.model.gate is None else exact.paid and rough.paid
+    moments = [x for state in rough.optimiser.state.values() for x in state.values()]
+    assert {x.dtype for x in [*rough.model.parameters(), *moments]} == {torch.float32}
+
+
 def test_a_checkpoint_write_killed_midway_leaves_the_old_one_readable(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"step": 1})
