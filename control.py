@@ -132,6 +132,19 @@ def follow(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
     return result
 
 
+def bounded(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
+    """
+    {level: {how: answers right}} where a row may think one thought for each token of its question, wherever it likes: with runs that end as the model
+    says, and with runs of max_run thoughts for as long as there are any.
+    """
+    result, full = {}, dataclasses.replace(thinking, hold=1.0, hold_next=1.0)
+    for level in split.levels:
+        batch = split.first(rows, level).to(model.embedding.weight.device)
+        how_to = {name: dataclasses.replace(how, greedy=True, budget=int(batch.prompt.max())) for name, how in (("ended", thinking), ("full runs", full))}
+        result[level] = {name: evaluate(model, batch, how)[1].double().mean().item() for name, how in how_to.items()}
+    return result
+
+
 def hidden(models: int) -> dict:
     """Random models, prompts and ways of thinking: how many answers were too short, too long, or held anything but words; and what they did."""
     found = {"models": models, "answers": 0, "words": 0, "bad": 0, "thoughts": 0, "recalls": 0, "taken back": 0, "over budget": 0}
@@ -148,10 +161,9 @@ def hidden(models: int) -> dict:
         thinking = Thinking(**hold, **limits, greedy=pick([True, False]), window=pick([0, 1, 4]), top_k=pick([0, 1, 2]), temperature=pick([0.5, 1.0, 2.0]))
         prompts, new = [torch.randint(V, (pick([1, 2, 7]),), generator=draw).tolist() for _ in range(3)], pick([1, 3, 8])
         answers, roll = generate(model, prompts, new, thinking, draw)
-        own = roll.pointer >= torch.tensor([[len(prompt)] for prompt in prompts])
         behind = F.pad(roll.thinks, (limits["max_run"], 0)).unfold(1, limits["max_run"] + 1, 1).all(dim=-1)  # a run that is too long
         taken = (roll.taken[..., 0] >= 0).sum(dim=1)
-        over = behind.any() or limits["budget"] and ((roll.thinks & own).sum(dim=1) > limits["budget"]).any() or (taken > limits["revisions"]).any()
+        over = behind.any() or limits["budget"] and (roll.thinks.sum(dim=1) > limits["budget"]).any() or (taken > limits["revisions"]).any()
         counts = {"answers": 3, "words": 3 * new, "bad": sum(len(a) != new or not all(0 <= w < V for w in a) for a in answers), "over budget": int(bool(over))}
         counts |= {"thoughts": int(roll.thinks.sum()), "recalls": int(roll.recalls.sum()), "taken back": int(taken.sum())}
         found |= {name: found[name] + count for name, count in counts.items()}
@@ -186,6 +198,9 @@ def main(argv: list[str]) -> None:
         found["follow"] = follow(model, split, thinking, config.rows)
         if found["follow"]:
             show("with one thought of another row: answers that follow it, answers that do not", found["follow"])
+    if trained.max_run > 1:
+        found["bounded"] = bounded(model, split, thinking, config.rows)
+        show("with a budget of one thought for each token of the question: runs ended by the model, and full ones", found["bounded"])
     (Path(config.run) / "control.json").write_text(json.dumps(found, indent=1) + "\n")
 
 

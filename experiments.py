@@ -156,7 +156,7 @@ def done() -> dict:
 
 
 SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer, observer_text, recall, revise, demonstrations, done)}
-CONTROL = ("recall", "revise", "demonstrations")  # sets that control.py measures
+CONTROL = ("recall", "revise", "demonstrations", "done")  # sets that control.py measures
 DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py; other folders have a prepare.py of their own
     "characters": ["--tokens=characters"],
     "characters_digits": ["--tokens=characters", "--think_after=0123456789"],
@@ -221,6 +221,7 @@ def measure_control(found: dict, folder: Path) -> dict[str, float | None]:
     """What control.py found, and how soon the model had learned."""
     numbers = {f"sampled, {name}": value for line in found["sampled"].values() for name, value in line.items()}
     numbers |= {f"{how}, {name}": value for how, line in found.get("recall", {}).items() for name, value in line.items()}
+    numbers |= {f"{n} bounded, {how}": right for n, line in found.get("bounded", {}).items() for how, right in line.items()}
     if follow := found.get("follow"):
         numbers |= {f"{name} at {n}": share for n, line in follow.items() for name, share in line.items()}
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]

@@ -41,7 +41,7 @@ class SampleConfig:
     top_k: int = 0  # words to choose from, 0 for all
     window: int = -1  # columns in view; 0 for all, -1 for as many as a text's window had in training
     mode: str = "policy"  # policy | never | random | constant | swapped
-    budget: int = 0  # thoughts in an answer, at most; 0 is no limit but the model's own
+    budget: int = 0  # thoughts in a prompt and its answer, at most; 0 is no limit but the model's own
     revisions: int = 8  # words an answer may take back, of a model with REVISE
     recall: str = "policy"  # policy | never | always, of a model with RECALL
     show_thoughts: bool = False

@@ -22,11 +22,12 @@ class Thinking:
     """How a stream is made. All modes but `policy` take the thoughts, or their meaning, away."""
 
     mode: str = "policy"  # policy | never | random | constant | swapped (with the next row of the batch)
-    hold: float | None = None  # runs of max_run thoughts, begun with this probability; the gate is not asked
+    hold: float | None = None  # runs of thoughts, begun with this probability; the gate is not asked
+    hold_next: float = 1.0  # then each further one follows with this probability, up to max_run
     explore: float = 0.0  # the gate, if asked, does the one thing and the other with this probability at least
     greedy: bool = False  # think where the gate, if asked, says more than 1/2; take the likeliest thought and word
     max_run: int = 1  # thoughts in a row, at most
-    budget: int = 0  # thoughts in all that a row may think where the model has the word, those taken back included; 0 is no limit
+    budget: int = 0  # thoughts that a row may think in all, those taken back included, in `speak`; 0 is no limit
     after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None is all
     constant: int = 0  # the thought that mode `constant` always thinks, 0 .. K-1
     window: int = 0  # columns in view, 0 for all
@@ -236,7 +237,7 @@ def speak(
         real[rows, pointer] = torch.where(speaks, word, real[rows, pointer])
         length = torch.where(speaks & own & (word == stop), pointer + 1, length)
         token = torch.where(thinks, V + thought, torch.where(recalls, V + K, word))
-        run, spent = torch.where(thinks, run + 1, 0), spent + (thinks & own)
+        run, spent = torch.where(thinks, run + 1, 0), spent + thinks
         pointer, at = torch.where(speaks, pointer + 1, pointer), torch.where(valid, at + 1, at)
 
         if revises.any():  # pop
@@ -353,7 +354,7 @@ def without_thoughts(real: Tensor, length: Tensor) -> Rollout:
 
 def hold_run(run: Tensor, thinking: Thinking) -> Tensor | None:
     """Probability of a thought, where the gate is not asked: of the first in a run, and then to go on -> as run, thoughts already in it; None where it is asked."""
-    return None if thinking.hold is None else torch.where(run == 0, thinking.hold, 1.0)
+    return None if thinking.hold is None else torch.where(run == 0, thinking.hold, thinking.hold_next)
 
 
 def decide(logit: Tensor, uniform: Tensor, hold: Tensor | float | None, thinking: Thinking) -> Tensor:
