@@ -49,7 +49,7 @@ def recall(model: GPT, split: Rows, thinking: Thinking, config: Config, rows: in
             roll = rollout(model, batch.real, batch.length, how_to, generator)
             asked = roll.pointer == batch.prompt[:, None]
             answer = torch.arange(1, batch.real.size(1), device=right.device) >= batch.prompt[:, None]
-            nats = (token_loss(model, roll, config.window) * answer).sum(dim=1)
+            nats = (token_loss(model, roll) * answer).sum(dim=1)
             at, all_of_them = (roll.recalls & asked).sum(dim=1), roll.recalls.sum(dim=1)
             elsewhere = (all_of_them - at) / (batch.length - 2)  # a row has that many other tokens to say
             parts.append(torch.stack([right, at, elsewhere, nats + config.recall_cost * all_of_them, all_of_them / (batch.length - 1)]).double().mean(dim=1))

@@ -115,6 +115,12 @@ def observer() -> dict:
     return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[: 3 if i == 0 else 1]} for i, (row, options) in enumerate(kinds.items())}
 
 
+def observer_sums() -> dict:
+    """The observer head of plain models that add up, two layers, five seeds: errors among rows of the trained kind."""
+    base = ["config/revise.toml", "--revise=false", "--observer=quarters", "--steps=1000", "--report=false"]
+    return {"plain, padded additions": {f"{s}": [*base, f"--seed={s}"] for s in SEEDS}}
+
+
 def recall() -> dict:
     """RECALL: a digit asked for that lies outside the window, three seeds."""
     return {"recall": {f"{s}": ["config/recall.toml", "--report=false", f"--seed={s}"] for s in SEEDS[:3]}}
@@ -155,7 +161,7 @@ def done() -> dict:
     return {f"{what} ends a run": {what: [*CHAIN, "--max_run=3", *options, "--seed=1"]} for what, options in {"gate": [], "DONE": ["--done=true"]}.items()}
 
 
-SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer, observer_text, recall, revise, demonstrations, done)}
+SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer, observer_text, observer_sums, recall, revise, demonstrations, done)}
 CONTROL = ("recall", "revise", "demonstrations", "done")  # sets that control.py measures
 DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py; other folders have a prepare.py of their own
     "characters": ["--tokens=characters"],
@@ -243,7 +249,7 @@ def measure(folder: Path) -> dict[str, float | None]:
 
 def measure_observer(found: dict) -> dict[str, float]:
     numbers = {f"{part}, {name}": value for part in ("loss", "pays", "variance", "notes", "cost") for name, value in found.get(part, {}).items()}
-    for name in ("accuracy", "observer", "probe", "largest probability", "entropy"):
+    for name in ("accuracy", "observer", "ahead", "probe", "probe, ahead", "largest probability", "entropy"):
         if levels := found.get("wrong"):
             numbers[f"wrong, {name}"] = sum(level[name] for level in levels.values()) / len(levels)
     numbers |= {f"{place} of {level}": worth for level, line in found.get("places", {}).items() for place, worth in line.items()}
@@ -284,7 +290,7 @@ def measure_text(report: dict, policy: dict, folder: Path) -> dict[str, float | 
 
 LEARNING = ["95% at 1 to 4, seconds", "seconds"]
 OBSERVER = [
-    ["wrong, accuracy", *(f"wrong, {name}" for name in ("observer", "probe", "largest probability", "entropy"))],
+    ["wrong, accuracy", *(f"wrong, {name}" for name in ("observer", "ahead", "probe", "probe, ahead", "largest probability", "entropy"))],
     ["pays, share", *(f"pays, {name}" for name in ("worth", "observer", "entropy", "largest probability", "gate"))],
     [f"{place} of {n}" for n in (1, 2, 4, 8) for place in ("first", "middle", "last but one", "last")],
     [f"loss, {name}" for name in ("observer", "probe", "entropy", "largest probability")],
@@ -308,6 +314,7 @@ COLUMNS = {  # the tables of each set
     ],
     "observer": OBSERVER,
     "observer_text": [["nats", "less than plain", "never", "random", "scattered", "thoughts a token", "seconds"], *OBSERVER],
+    "observer_sums": OBSERVER,
     "recall": [[f"{how}, {what}" for how in ("policy", "never", "always", "scattered") for what in ("accuracy", "at the question", "elsewhere", "cost")]],
     "revise": [["5", *(f"sampled, {x}" for x in ("forbidden", "allowed", "errors gone", "false revisions", "caught", "taken back a row")), "seconds"]],
     "demonstrations": [["2", "4", "8", *(f"95% at 1 to {n}, steps" for n in (2, 4, 8)), *(f"{x} at 8" for x in ("follows", "keeps", "follows, earlier", "keeps, earlier"))]],

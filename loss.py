@@ -204,7 +204,7 @@ def wrong_words(batch: Batch, V: int, corrupt: float, generator=None) -> Tensor:
     return torch.where(batch.wrong >= 0, batch.wrong, drawn)
 
 
-def with_wrong_words(roll: Rollout, wrong: Tensor, window: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def with_wrong_words(roll: Rollout, wrong: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     Put wrong words (B, T), -1 for none, behind the streams, as columns of their own. Each stands right behind the column that says the true one, at that
     position, and sees what came before; nobody sees it. So all else is as if it had never been.
@@ -218,8 +218,8 @@ def with_wrong_words(roll: Rollout, wrong: Tensor, window: int = 0) -> tuple[Ten
     word, behind = wrong.gather(1, place), speaker.gather(1, place)
     position = torch.cat([roll.position, after.gather(1, behind)], dim=1)
     back = position[:, C:, None] - position[:, None, :C]  # (B, E, C) columns ago
-    sees = (column <= behind[..., None]) & ~roll.opens[:, None] & (back < (window or C + 1))
-    mask = roll.view(window)
+    sees = (column <= behind[..., None]) & ~roll.opens[:, None] & (back < (roll.window or C + 1))
+    mask = roll.view()
     mask = (column[:, None] >= column).expand(B, C, C) if mask is None else mask[:, 0]
     alone = torch.eye(E, dtype=torch.bool, device=device).expand(B, E, E)
     rows = torch.cat([F.pad(mask, (0, E)), torch.cat([sees, alone], dim=2)], dim=1)
@@ -229,9 +229,9 @@ def with_wrong_words(roll: Rollout, wrong: Tensor, window: int = 0) -> tuple[Ten
 def first_pass(model: GPT, here: Tensor, roll: Rollout, batch: Batch, config: Config) -> tuple[Output, Tensor]:
     """Pass 1 over the embedded streams (B, C, n_embd), and with REVISE over wrong words beside them -> output of the streams, loss of not taking those back."""
     if not config.revise:
-        return read(model, roll, config.window, x=here), here.new_zeros(())
+        return read(model, roll, x=here), here.new_zeros(())
     C, V = roll.stream.size(1), model.config.vocab_size
-    word, there, position, mask = with_wrong_words(roll, batch.wrong, config.window)
+    word, there, position, mask = with_wrong_words(roll, batch.wrong)
     out = model(torch.cat([here, model.embedding(word)], dim=1), mask, position=position)
     regret = -out.words[:, C:].log_softmax(dim=-1)[..., V]  # (B, E)
     asked = roll.valid & (roll.pointer >= first_own(batch))  # weigh a wrong word like a right one
@@ -256,7 +256,7 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         forget = config.forget_paid if paid else config.forget
         cut = draw_cuts(roll, batch.prompt, forget, config.cut_last, config.cut_every, generator)
         again = not forget and not config.dropout and not config.compile  # what pass 2 would say was said in pass 1 already
-        kept = full if again else read(model, roll, config.window, cut, x)
+        kept = full if again else read(model, roll, cut, x)
         loss_kept = word_loss(kept.words, roll)
         mean_kept = weighted(loss_kept, roll, answer, config.prompt_weight, config.charge_thinking)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()
@@ -309,10 +309,10 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None) -> tu
 
 
 @torch.no_grad()
-def token_loss(model: GPT, roll: Rollout, window: int = 0) -> Tensor:
+def token_loss(model: GPT, roll: Rollout) -> Tensor:
     """-> (B, T - 1): -log p of each real token but the first where it was said, in nats; 0 behind a row's end."""
     trained = model.training
     model.eval()
-    loss = word_loss(read(model, roll, window).words, roll) * roll.speaks
+    loss = word_loss(read(model, roll).words, roll) * roll.speaks
     model.train(trained)
     return loss.new_zeros(len(loss), roll.real.size(1) + 1).scatter_add(1, roll.pointer, loss)[:, 1:-1]

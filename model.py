@@ -137,8 +137,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Observer(nn.Module):
     """
-    One attention head that watches how the thinking goes: it asks with the last block's input, and what it sees, its keys and values, are the
-    outputs of the layers below, side by side. What it sensed goes on with the other heads, to the words and the gate; and three numbers are read off it:
+    One attention head that watches how the thinking goes: it asks with the last block's input, and what it sees, its keys and values, are made of the
+    outputs of the layers below, side by side. What it sensed, the values it attends to and the column's own on top of them, goes on with the other heads,
+    to the words and the gate; and three numbers are read off it:
       coming   the loss of the next real token, if the column speaks now
       worth    how much one more thought here lowers the loss of what comes later, before its price
       ahead    the loss of all that comes later, thoughts' prices included
@@ -148,8 +149,8 @@ class Observer(nn.Module):
         super().__init__()
         self.layers, self.shapes = config.watched(), config.observer_shapes
         hs, width = config.n_embd // config.n_head, config.n_embd * len(self.layers)
-        self.norm = nn.LayerNorm(width)
-        self.q, self.kv = nn.Linear(config.n_embd, hs), nn.Linear(width, 2 * hs)
+        self.q = nn.Linear(config.n_embd, hs)
+        self.kv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * hs), nn.GELU(), nn.Linear(2 * hs, 2 * hs))
         self.read = nn.Linear(hs, len(READINGS))
 
     def forward(self, x: Tensor, below: list[Tensor]) -> Tensor:
@@ -157,7 +158,7 @@ class Observer(nn.Module):
         seen = torch.cat([below[layer] for layer in self.layers], dim=-1)  # (B, C, layers * n_embd)
         if not self.shapes:
             x, seen = x.detach(), seen.detach()
-        return torch.cat([self.q(x), self.kv(self.norm(seen))], dim=-1).view(*x.shape[:2], 3, 1, -1)
+        return torch.cat([self.q(x), self.kv(seen)], dim=-1).view(*x.shape[:2], 3, 1, -1)
 
 
 class Attention(nn.Module):
@@ -179,12 +180,16 @@ class Attention(nn.Module):
     def forward(self, x, below, cos, sin, mask=None, cache=None, layer=0):
         """-> (B, C, n_embd), and what the observer sensed, (B, C, hs), or None."""
         q, k, v = self.heads(x, below, cos, sin)
+        own = v[:, -1]  # (B, C, hs) the observer's value of the column itself
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, nh, S, hs), S columns in view
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and x.size(1) > 1)
         y = y.transpose(1, 2).flatten(2)  # (B, nh, C, hs) -> (B, C, nh * hs)
-        return self.proj(y), y[..., x.size(-1) :] if self.observer is not None else None
+        if self.observer is None:
+            return self.proj(y), None
+        sensed = y[..., x.size(-1) :] + own
+        return self.proj(torch.cat([y[..., : x.size(-1)], sensed], dim=-1)), sensed
 
 
 class Block(nn.Module):

@@ -124,11 +124,11 @@ def shown(tokens: list[int], vocabulary: Vocabulary, recall: int = -1) -> list[s
     return [hidden(t) if t >= V else "" if t == vocabulary.row_end else decoder.decode(vocabulary.pieces[t], i == last) for i, t in enumerate(tokens)]
 
 
-def trace(model: GPT, roll: Rollout, given: int, vocabulary: Vocabulary, window: int = 0) -> dict:
+def trace(model: GPT, roll: Rollout, given: int, vocabulary: Vocabulary) -> dict:
     """A rollout of one row, of which `given` real tokens were given -> what trace.json holds of it. Numbers of a column are about what comes after it."""
     roll = roll.alone(0)
     C = roll.stream.size(1)
-    output, sight = look(model, roll.stream, roll.view(window), roll.position)
+    output, sight = look(model, roll.stream, roll.view(), roll.position)
     rounded = lambda x: [round(number, 4) for number in x.tolist()]  # noqa: E731
     tokens, coming_next = roll.stream[0].tolist(), targets(roll)[0].tolist()
     texts = shown(tokens + coming_next[-1:], vocabulary, model.config.vocab_size + model.config.n_think)
@@ -186,7 +186,7 @@ def make_trace(texts: list[str], model: GPT, vocabulary: Vocabulary, state: dict
                 roll = rollout(model, real, length, thinking, generator)
             else:
                 _, roll = generate(model, [ids], config.max_new_tokens, thinking, generator, vocabulary.row_end)
-            rows.append(trace(model, roll, len(ids), vocabulary, window))
+            rows.append(trace(model, roll, len(ids), vocabulary))
         except ValueError as error:
             raise DataError(str(error)) from None
     if model.config.n_think and thinking.hold is not None:

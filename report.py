@@ -68,7 +68,7 @@ def nats(model: GPT, text: Text, thinking: Thinking, vocabulary: Vocabulary, con
     losses, n_bytes, thoughts = [], 0, 0
     for batch, generator in windows_of(text, config, config.device):
         roll, _ = evaluate(model, batch, thinking, generator)
-        losses.append(token_loss(model, roll, thinking.window).cpu())
+        losses.append(token_loss(model, roll).cpu())
         n_bytes += size[batch.real[:, 1:].cpu()].sum().item()
         thoughts += roll.thinks.sum().item()
     loss = torch.cat(losses)

@@ -99,13 +99,13 @@ def columns_in_view(trained: Config, vocabulary: Vocabulary) -> int:
 
 
 @torch.no_grad()
-def introspect(model: GPT, roll: Rollout, row: int, given: int, vocabulary: Vocabulary, window: int = 0) -> str:
+def introspect(model: GPT, roll: Rollout, row: int, given: int, vocabulary: Vocabulary) -> str:
     """
     What the observer says of the answer that begins behind `given` real tokens. How sure: e to the minus the mean loss it saw coming, the probability of a
     token. Every number is read at the column that said the token, or chose to think; that column sees neither the token nor anything behind it.
     """
     roll = roll.alone(row)
-    C, out = roll.stream.size(1), read(model, roll, window)
+    C, out = roll.stream.size(1), read(model, roll)
     coming, gate = out.readings[0, :, 0].clamp(min=0).tolist(), out.gate[0].sigmoid().tolist()  # nats; a regression may miss below 0
     thinks, pointer, said = (part[0].tolist() for part in (roll.thinks | roll.recalls, roll.pointer, targets(roll)))
     answer, runs, first = [], [], 0  # columns of the answer; (thoughts in a row, gate before the first, column that ended it)
@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
         shown = show(roll, row, vocabulary, model.config.n_think, sys.stdout.isatty()) if config.show_thoughts else vocabulary.decode(prompt + answer)
         print("" if watch else shown)
         if config.introspect:
-            print("  " + introspect(model, roll, row, len(prompt), vocabulary, window))
+            print("  " + introspect(model, roll, row, len(prompt), vocabulary))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Rollout(NamedTuple):
     real: Tensor  # (B, T) the real tokens, with those the model said itself
     length: Tensor  # (B,) how many of them there are
     taken: Tensor  # (B, R, 2) words the model took back, one behind the other: index in `real`, word; -1 behind the last
+    window: int = 0  # columns that were in view as the streams were made, 0 for all
 
     @property
     def speaks(self) -> Tensor:  # (B, C)
@@ -73,18 +74,18 @@ class Rollout(NamedTuple):
     def alone(self, row: int) -> "Rollout":
         """One row, without the columns behind its end."""
         C = int(self.valid[row].sum())
-        return Rollout(*(part[row : row + 1, :C] for part in self[:6]), *(part[row : row + 1] for part in self[6:]))
+        return Rollout(*(part[row : row + 1, :C] for part in self[:6]), *(part[row : row + 1] for part in self[6:9]), self.window)
 
-    def view(self, window: int = 0, cut: Tensor | None = None) -> Tensor | None:
+    def view(self, cut: Tensor | None = None) -> Tensor | None:
         """
         The mask (B, 1, C, C) under which one pass over the streams sees what was seen as they were made, True where a query sees a key: nothing later,
         nothing further back than the window, nothing from before a cut, (B, C) True at the first column that stays in view; but RECALL sees all that came before,
         and no other column sees it. None, causal, where that is everything.
         """
-        if not window and cut is None and not self.recalls.any():
+        if not self.window and cut is None and not self.recalls.any():
             return None
         place, c = self.position, torch.arange(self.stream.size(1), device=self.stream.device)
-        seen = place[:, :, None] - place[:, None, :] < (window or len(c))  # (B, C, C)
+        seen = place[:, :, None] - place[:, None, :] < (self.window or len(c))  # (B, C, C)
         if cut is not None:
             segment = cut.cumsum(dim=1)  # (B, C)
             seen = seen & (segment[:, :, None] == segment[:, None, :])
@@ -92,9 +93,9 @@ class Rollout(NamedTuple):
         return (seen & (c[:, None] >= c))[:, None]
 
 
-def read(model: GPT, roll: Rollout, window: int = 0, cut: Tensor | None = None, x: Tensor | None = None) -> Output:
+def read(model: GPT, roll: Rollout, cut: Tensor | None = None, x: Tensor | None = None) -> Output:
     """One parallel pass over the streams of a rollout, or over embeddings x of them (B, C, n_embd), that sees what was seen as they were made; see `Rollout.view`."""
-    return model(roll.stream if x is None else x, roll.view(window, cut), position=roll.position if model.config.recall else None)
+    return model(roll.stream if x is None else x, roll.view(cut), position=roll.position if model.config.recall else None)
 
 
 class Noise(NamedTuple):
@@ -147,7 +148,7 @@ def rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, genera
     runs = thinking.max_run if K and thinking.mode != "never" else 0
     recall = model.config.recall and thinking.hold_recall != 0
     if not runs and not recall:
-        return without_thoughts(real, length)
+        return without_thoughts(real, length, thinking.window)
     columns = max(1, (int(length.max()) - 1) * (1 + runs + recall))  # at most; a row's last token is said, not fed
     cache = KVCache(model.config, B, columns, thinking.window, 0, device, model.embedding.weight.dtype)
     noise = noise or draw_noise(model, B, T, thinking, generator)
@@ -177,7 +178,7 @@ def rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, genera
             break
     parts = [torch.stack(part, dim=1) for part in zip(*record)]
     used = max(1, int(parts[-1].any(dim=0).sum()))
-    return Rollout(*(part[:, :used] for part in parts), real[:, :-1], length, nothing_taken(real))
+    return Rollout(*(part[:, :used] for part in parts), real[:, :-1], length, nothing_taken(real), thinking.window)
 
 
 @torch.no_grad()
@@ -253,7 +254,8 @@ def speak(
             break
     C = int(at.max())
     (stream, place, *flags, _, _), valid = record[:, :, :C], torch.arange(C, device=device) < at[:, None]
-    return Rollout(stream, torch.where(valid, place, length[:, None]), *(flag.bool() & valid for flag in flags), valid, real[:, :-1], length, taken)
+    flags = (flag.bool() & valid for flag in flags)
+    return Rollout(stream, torch.where(valid, place, length[:, None]), *flags, valid, real[:, :-1], length, taken, thinking.window)
 
 
 def taken_here(taken: Tensor, pointer: Tensor, V: int) -> Tensor:
@@ -289,7 +291,7 @@ def parallel_rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinkin
     (B, T), V, K = real.shape, model.config.vocab_size, model.config.n_think
     runs = thinking.max_run if K and thinking.mode != "never" else 0
     if not runs:
-        return without_thoughts(real, length), 0
+        return without_thoughts(real, length, thinking.window), 0
     if thinking.window or model.config.recall or model.training and model.config.dropout:
         raise ValueError("a parallel rollout has all columns in view, no RECALL, and no dropout: a pass must say twice what it said once")
     noise = noise or draw_noise(model, B, T, thinking, generator)
@@ -343,13 +345,13 @@ def lay_out(real: Tensor, length: Tensor, thinks: Tensor, thoughts: Tensor, V: i
     return torch.where(run > 0, V + thought, word), pointer, run, valid
 
 
-def without_thoughts(real: Tensor, length: Tensor) -> Rollout:
+def without_thoughts(real: Tensor, length: Tensor, window: int = 0) -> Rollout:
     """The rollout of rows that are given to their end and never think: nothing is drawn, so all columns are known at once."""
     column = torch.arange(int(length.max()) - 1, device=real.device)
     pointer = torch.minimum(column + 1, length[:, None])  # (B, C)
     stream = real.gather(1, torch.minimum(column, length[:, None]).clamp(max=real.size(1) - 1))
     nowhere = torch.zeros_like(pointer, dtype=torch.bool)
-    return Rollout(stream, pointer, nowhere, nowhere, nowhere, pointer < length[:, None], real, length, nothing_taken(real))
+    return Rollout(stream, pointer, nowhere, nowhere, nowhere, pointer < length[:, None], real, length, nothing_taken(real), window)
 
 
 def hold_run(run: Tensor, thinking: Thinking) -> Tensor | None:

@@ -200,7 +200,7 @@ class Trainer:
             batch = self.val_rows.first(self.config.eval_rows, level).to(self.device)
             roll, right = evaluate(self.model, batch, dataclasses.replace(self.thinking, greedy=True), own)
             asked = (batch.prompt < batch.length).any()
-            result[level] = round((right.float().mean() if asked else token_loss(self.model, roll, self.config.window).mean()).item(), 4)
+            result[level] = round((right.float().mean() if asked else token_loss(self.model, roll).mean()).item(), 4)
         return result
 
     # everything that a resumed run needs to equal one that was never stopped

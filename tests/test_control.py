@@ -145,7 +145,7 @@ def test_one_pass_over_a_stream_sees_what_was_seen_column_by_column(tiny):
         model, thinking, _ = some_model(tiny, case)
         real, length = torch.randint(5, (3, 8), generator=seeded(case)), torch.tensor([8, 5, 8])
         roll = rollout(model, real, length, dataclasses.replace(thinking, greedy=True), seeded(1))
-        out, run = read(model, roll, thinking.window), ~(roll.holds_real | roll.opens)
+        out, run = read(model, roll), ~(roll.holds_real | roll.opens)
         if thinking.hold is None and model.config.n_think and thinking.max_run == 1:
             assert torch.equal((out.thinking(run) > 0)[roll.decides], roll.thinks[roll.decides])
         if thinking.hold_recall is None and model.config.recall:
@@ -157,7 +157,7 @@ def test_recall_sees_past_the_window_and_past_a_cut_and_nobody_else_does(tiny):
     roll = rollout(model, torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]), Thinking(hold_recall=1.0))._replace(stream=torch.tensor([[1, 2, 5, 3]]))
     roll = roll._replace(recalls=torch.tensor([[False, True, False, False]]))  # columns 1, 2, RECALL, 3
     assert roll.position.tolist() == [[0, 1, 2, 2]], "it leaves no trace: the next column stands in its place, and does not see it"
-    assert roll.view(window=2)[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 0, 1]]
+    assert roll._replace(window=2).view()[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 0, 1]]
     cut = torch.tensor([[False, True, False, False]])
     assert roll.view(cut=cut)[0, 0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0], [0, 1, 0, 1]]
     assert roll._replace(recalls=torch.zeros(1, 4).bool()).view() is None, "causal, with everything in view"
@@ -202,10 +202,10 @@ def test_a_wrong_word_beside_the_stream_says_what_it_would_say_in_its_place_and_
     roll = rollout(model, real, length, Thinking(max_run=2, window=window), seeded(1))
     wrong = torch.full((3, 8), -1)
     wrong[0, 2], wrong[0, 6], wrong[1, 4], wrong[2, 1] = 4, 0, 3, 2
-    word, there, position, mask = with_wrong_words(roll, wrong, window)
+    word, there, position, mask = with_wrong_words(roll, wrong)
     C = roll.stream.size(1)
     out = model(torch.cat([roll.stream, word], dim=1), mask, position=position)
-    torch.testing.assert_close(out.words[:, :C], read(model, roll, window).words)
+    torch.testing.assert_close(out.words[:, :C], read(model, roll).words)
     assert there.sum(dim=1).tolist() == [2, 1, 1]
     for b, place, e in ((0, 2, 0), (0, 6, 1), (1, 4, 0), (2, 1, 0)):
         end = int((roll.speaks[b] & (roll.pointer[b] == place)).int().argmax()) + 1

@@ -101,12 +101,12 @@ def test_the_observer_is_one_head_that_looks_at_the_layers_below(tiny):
     observer = block.attention.observer
     watched = torch.cat([inputs[0], inputs[2]], dim=-1)  # outputs of the embedding and of the second layer
     q = observer.q(block.norm1(inputs[2]))[0]
-    k, v = observer.kv(observer.norm(watched))[0].split(hs, dim=-1)
+    k, v = observer.kv(watched)[0].split(hs, dim=-1)
     angle = torch.arange(5)[:, None] * model.frequency
     turn = lambda z: torch.cat([z[:, :4] * angle.cos() - z[:, 4:] * angle.sin(), z[:, :4] * angle.sin() + z[:, 4:] * angle.cos()], dim=1)  # noqa: E731
     for c in range(5):
         weight = (turn(k)[: c + 1] @ turn(q)[c] / hs**0.5).softmax(dim=0)
-        torch.testing.assert_close(sensed[0][0, c], weight @ v[: c + 1])
+        torch.testing.assert_close(sensed[0][0, c], weight @ v[: c + 1] + v[c])
 
 
 def test_without_an_observer_there_are_no_readings_and_with_one_nobody_listens_to_every_word_is_the_same(tiny):
