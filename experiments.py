@@ -117,7 +117,7 @@ def observer() -> dict:
 
 def observer_sums() -> dict:
     """The observer head of plain models that add up, two layers, five seeds: errors among rows of the trained kind."""
-    base = ["config/revise.toml", "--revise=false", "--observer=quarters", "--steps=1000", "--report=false"]
+    base = ["config/revise.toml", "--revise=false", "--observer=quarters", "--steps=600", "--report=false"]
     return {"plain, padded additions": {f"{s}": [*base, f"--seed={s}"] for s in SEEDS}}
 
 
