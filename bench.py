@@ -273,6 +273,24 @@ def parts(c: BenchConfig, device: str):
         yield {"step": name} | by_part | {"together, ms": spread(whole[name], 1e3), "/ plain": ratio(whole[name], whole["plain"])}
 
 
+def masks(c: BenchConfig, device: str):
+    """Attention alone, there and back: causal; under the mask of rows that forget at their middle; and with the halves of these rows packed as rows of their own."""
+    for C in map(int, c.lengths.split(",")):
+        heads = torch.randn(3, c.rows, c.n_head, C, c.n_embd // c.n_head, device=device, requires_grad=True)
+        half = torch.arange(C, device=device) >= C // 2
+        forgets = (half[:, None] == half).tril()
+        packed = lambda x: x.unflatten(3, (2, -1)).transpose(2, 3).flatten(1, 2)  # noqa: E731 (3, B, nh, C, hs) -> (3, 2 B, nh, C / 2, hs)
+        attend = lambda x, **view: torch.nn.functional.scaled_dot_product_attention(*x, **view).sum().backward()  # noqa: E731
+        jobs = {
+            "causal": lambda: attend(heads, is_causal=True),
+            "mask": lambda: attend(heads, attn_mask=forgets),
+            "packed": lambda: attend(packed(heads), is_causal=True),
+        }
+        found = alternately({name: timed(job, device) for name, job in jobs.items()}, c.repeats)
+        times = {f"{name}, ms": spread(found[name], 1e3) for name in jobs}
+        yield {"rows": c.rows, "columns": C} | times | {f"{name} / causal": ratio(found[name], found["causal"]) for name in ("mask", "packed")}
+
+
 def peers(c: BenchConfig, device: str):
     """The same columns by other ways, each against ours in the same turn."""
     model, batch, noise = make(c, device, c.thoughts), make_batch(c, device), torch.Generator(device).manual_seed(0)
@@ -327,6 +345,7 @@ def main(argv: list[str]) -> None:
         found["exponents"] = table("Power of the stream's length with which they grow", [exponents(c, found["growth"])])
         shape = f"{c.rows} rows of {c.length} columns, width {c.n_embd}"
         found["parts"] = table(f"Parts of a step: {shape}", parts(c, device))
+        found["masks"] = table("Attention alone, there and back", masks(c, device))
         found["peers"] = table(f"Peers: {shape}", peers(c, device))
     print("\n" + json.dumps({"torch": torch.__version__, "device": device, "threads": torch.get_num_threads(), "config": dataclasses.asdict(c)} | found))
 

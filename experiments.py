@@ -109,10 +109,10 @@ def observer_text() -> dict:
 
 
 def observer() -> dict:
-    """The observer head on chains, two layers: with one, three seeds, and without, one seed."""
+    """The observer head on chains, two layers: with one, five seeds, and without, one seed."""
     kinds = {"observer, 2 layers": [], "no observer, 2 layers": ["--observer="]}
     base = ["config/observer.toml", "--report=false"]
-    return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[: 3 if i == 0 else 1]} for i, (row, options) in enumerate(kinds.items())}
+    return {row: {f"{i}_{s}": [*base, *options, f"--seed={s}"] for s in SEEDS[: 5 if i == 0 else 1]} for i, (row, options) in enumerate(kinds.items())}
 
 
 def observer_sums() -> dict:
