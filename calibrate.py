@@ -5,9 +5,9 @@ Is the observer right, and does anyone listen to it? calibration.json, from a ch
 
 Everything is asked *before* the answer is seen: of the column that is about to say it. Rows are held out, dropout is off, thinking is
 greedy where it is not said otherwise. Beside the observer stand what one would use without it: entropy and largest probability of the words,
-the gate, and a linear probe of the last layer (ridge regression on training rows, to the same targets).
+the gate, and a linear probe of the last layer (ridge regression on training rows, to the same target).
 
-  wrong    will this answer be wrong? Area under the ROC curve at lengths of 50% to 95% right answers; `ahead` is of the whole answer, the others of its first token
+  wrong    will the next token of this answer, right so far, be wrong? Area under the ROC curve at lengths of 50% to 95% right answers
   pays     will a thought here pay for itself? Known by doing both: two rollouts that differ in one decision. Area under the ROC curve
   places   what a thought is worth behind the first token of a prompt, in its middle, behind the last but one and behind the last
   loss     predicted against real loss of the next token, Spearman's rank correlation
@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import Batch, DataError, Rows, Text, load_split
@@ -36,6 +37,7 @@ from loss import baseline, evaluate, log_choice, policy_gradient, return_to_go, 
 from model import GPT
 from observe import look
 from runs import Config, as_trained, load_config, load_model, run
+from sample import steered
 from stream import Rollout, Thinking, rollout
 
 PRICES = (-10.0, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # nats a thought; at the first one it always thinks
@@ -90,14 +92,12 @@ def with_one(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
 
 
-def fit_probe(model: GPT, rows: Rows | Text, thinking: Thinking, config: Config, generator) -> Tensor:
-    """Ridge regression from the last layer to the coming loss, and to all that is ahead, on rows of training -> (n_embd + 1, 2)."""
+def fit_probe(model: GPT, rows: Rows | Text, thinking: Thinking, generator) -> Tensor:
+    """Ridge regression from the last layer to the coming loss, on rows of training -> (n_embd + 1,)."""
     batch = rows.draw(1000 if isinstance(rows, Rows) else 200, rows.levels, generator)
     roll = rollout(model, batch.real, batch.length, thinking, generator)
     found, last = signs(model, roll)
-    weight = torch.where(roll.pointer >= batch.prompt[:, None], 1.0, config.prompt_weight)
-    ahead = -return_to_go(found["loss"] * weight, roll, config.think_cost, config.horizon)
-    x, y = with_one(last)[roll.valid].double(), torch.stack([found["loss"], ahead], dim=-1)[roll.valid].double()
+    x, y = with_one(last)[roll.valid].double(), found["loss"][roll.valid].double()
     return torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.size(1)).double(), x.T @ y).float()
 
 
@@ -114,9 +114,12 @@ def wrong(model: GPT, splits: list, thinking: Thinking, probe: Tensor, rows: int
         if not 0.5 <= (accuracy := right.float().mean().item()) <= 0.95:
             continue
         found, last = signs(model, roll)
-        found["probe"], found["probe, ahead"] = (with_one(last) @ probe).unbind(-1)
-        asked = (roll.pointer == batch.prompt[:, None]) & roll.speaks  # (B, C) the one column that begins the answer
-        areas = {name: auroc(found[name][asked], ~right) for name in ("observer", "ahead", "probe", "probe, ahead", "largest probability", "entropy")}
+        found["probe"] = with_one(last) @ probe
+        same = F.pad(roll.real == batch.real, (0, 1), value=True)  # (B, T + 1)
+        right_so_far = same.cumprod(dim=1).bool().gather(1, roll.pointer - 1)  # (B, C)
+        asked = (roll.pointer >= batch.prompt[:, None]) & roll.speaks & right_so_far
+        error = ~same.gather(1, roll.pointer)[asked]
+        areas = {name: auroc(found[name][asked], error) for name in ("observer", "probe", "largest probability", "entropy")}
         result[level] = {"accuracy": accuracy} | areas
     return result
 
@@ -190,23 +193,12 @@ def loss_ranks(model: GPT, splits: list, thinking: Thinking, probe: Tensor, rows
         batch = splits[0].first(rows, level)
         roll = rollout(model, batch.real, batch.length, thinking, torch.Generator().manual_seed(0))
         found, last = signs(model, roll)
-        found["probe"] = with_one(last) @ probe[:, 0]
+        found["probe"] = with_one(last) @ probe
         parts.append({name: sign[roll.speaks] for name, sign in found.items()})
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     names = ("observer", "probe", "entropy", "largest probability")
     bias = (joined["observer"].mean() - joined["loss"].mean()).item()
     return {"columns": len(joined["loss"]), "bias_nats": bias} | {name: spearman(joined[name], joined["loss"]) for name in names}
-
-
-@contextmanager
-def steered(model: GPT, price: float):
-    """Within, a thought is thought where the observer's `worth` is above the price, in nats; the gate is not asked."""
-    D, read = model.config.n_embd, model.blocks[-1].attention.observer.read
-    hook = model.gate.register_forward_hook(lambda _m, seen, _gate: 1e4 * (read(seen[0][..., D:])[..., 1:2] - price))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -343,7 +335,7 @@ def calibrate(config: CalibrationConfig) -> dict:
         result["places"] = places(model, splits[0], thinking, trained, config.rows // 5)
     if not trained.observer:
         return result | {"blind": {"nothing": scores(model, splits[0], thinking, config.rows // 5)}}
-    probe = fit_probe(model, train_rows, thinking, trained, torch.Generator().manual_seed(0))
+    probe = fit_probe(model, train_rows, thinking, torch.Generator().manual_seed(0))
     if isinstance(train_rows, Rows):
         result["wrong"] = wrong(model, splits, thinking, probe, config.rows)
     result["loss"] = loss_ranks(model, splits, thinking, probe, config.rows)

@@ -249,7 +249,7 @@ def measure(folder: Path) -> dict[str, float | None]:
 
 def measure_observer(found: dict) -> dict[str, float]:
     numbers = {f"{part}, {name}": value for part in ("loss", "pays", "variance", "notes", "cost") for name, value in found.get(part, {}).items()}
-    for name in ("accuracy", "observer", "ahead", "probe", "probe, ahead", "largest probability", "entropy"):
+    for name in ("accuracy", "observer", "probe", "largest probability", "entropy"):
         if levels := found.get("wrong"):
             numbers[f"wrong, {name}"] = sum(level[name] for level in levels.values()) / len(levels)
     numbers |= {f"{place} of {level}": worth for level, line in found.get("places", {}).items() for place, worth in line.items()}
@@ -290,7 +290,7 @@ def measure_text(report: dict, policy: dict, folder: Path) -> dict[str, float | 
 
 LEARNING = ["95% at 1 to 4, seconds", "seconds"]
 OBSERVER = [
-    ["wrong, accuracy", *(f"wrong, {name}" for name in ("observer", "ahead", "probe", "probe, ahead", "largest probability", "entropy"))],
+    ["wrong, accuracy", *(f"wrong, {name}" for name in ("observer", "probe", "largest probability", "entropy"))],
     ["pays, share", *(f"pays, {name}" for name in ("worth", "observer", "entropy", "largest probability", "gate"))],
     [f"{place} of {n}" for n in (1, 2, 4, 8) for place in ("first", "middle", "last but one", "last")],
     [f"loss, {name}" for name in ("observer", "probe", "entropy", "largest probability")],

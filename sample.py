@@ -16,6 +16,7 @@ import codecs
 import dataclasses
 import math
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class SampleConfig:
     top_k: int = 0  # words to choose from, 0 for all
     window: int = -1  # columns in view; 0 for all, -1 for as many as a text's window had in training
     mode: str = "policy"  # policy | never | random | constant | swapped
+    price: float = -1.0  # nats: think wherever the observer expects more than this of a thought, and ask no gate; below 0 the gate is asked
     budget: int = 0  # thoughts in a prompt and its answer, at most; 0 is no limit but the model's own
     revisions: int = 8  # words an answer may take back, of a model with REVISE
     recall: str = "policy"  # policy | never | always, of a model with RECALL
@@ -129,6 +131,17 @@ def introspect(model: GPT, roll: Rollout, row: int, given: int, vocabulary: Voca
     return line + f"{sum(thinks)} thought{'s' * (sum(thinks) > 1)}, longest before {at(c)} ({length}, gate {asked:.2f})"
 
 
+@contextmanager
+def steered(model: GPT, price: float):
+    """Within, a thought is thought where the observer's `worth` is above the price, in nats; the gate is not asked."""
+    D, read = model.config.n_embd, model.blocks[-1].attention.observer.read
+    hook = model.gate.register_forward_hook(lambda _m, seen, gate: torch.cat([1e4 * (read(seen[0][..., D:])[..., 1:2] - price), gate[..., 1:]], dim=-1))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def main(argv: list[str]) -> None:
     config = load_config([a for a in argv if a.startswith("--")], SampleConfig)
     if config.mode not in ("policy", "never", "random", "constant", "swapped"):
@@ -146,6 +159,8 @@ def main(argv: list[str]) -> None:
     ids = [vocabulary.encode(prompt) for prompt in prompts for _ in range(config.samples)]
     if config.introspect and not model.config.observer:
         raise DataError(f"the model in {config.run} has no observer, so it cannot introspect: train one with --observer=quarters")
+    if config.price >= 0 and not (model.config.observer and model.config.n_think):
+        raise DataError(f"the model in {config.run} has no observer of thoughts, so a price cannot steer it: train one with --observer=quarters")
     window = columns_in_view(Config(**state["config"]), vocabulary) if config.window < 0 else config.window
     thinking = dataclasses.replace(
         as_trained(state, vocabulary), mode=config.mode, greedy=config.greedy, window=window, temperature=config.temperature, top_k=config.top_k,
@@ -158,7 +173,8 @@ def main(argv: list[str]) -> None:
     if watch:
         watch(ids[0][0])
     try:
-        answers, roll = generate(model, ids, config.max_new_tokens, thinking, generator, vocabulary.row_end, watch)
+        with steered(model, config.price) if config.price >= 0 else nullcontext():
+            answers, roll = generate(model, ids, config.max_new_tokens, thinking, generator, vocabulary.row_end, watch)
     except ValueError as error:
         raise DataError(str(error)) from None
     for row, (prompt, answer) in enumerate(zip(ids, answers)):

@@ -5,7 +5,8 @@ import math
 import torch
 
 from calibrate import auroc, blinded, decided, ranks, spearman
-from stream import Thinking, rollout
+from sample import steered
+from stream import Thinking, read, rollout
 
 
 def test_ranks_share_ties():
@@ -40,6 +41,14 @@ def test_two_rollouts_that_differ_in_one_decision(tiny):
         for row in range(20):
             assert (told.stream[row, : column[row] + 1] == policy.stream[row, : column[row] + 1]).all(), "what came before is the same"
     assert torch.equal(rollout(model, real, length, Thinking(greedy=True), torch.Generator()).stream, policy.stream), "left as it was"
+
+
+def test_a_steered_model_thinks_where_the_observer_expects_more_than_the_price(tiny):
+    model, (real, length) = tiny(observer="quarters"), rows()
+    with steered(model, 0.3):
+        roll = rollout(model, real, length, Thinking(greedy=True), torch.Generator())
+    assert torch.equal(roll.thinks, roll.decides & (read(model, roll).readings[..., 1] > 0.3))
+    assert 0 < roll.thinks.sum() < roll.decides.sum()
 
 
 def test_a_zeroed_observer_is_one_that_nobody_listens_to(tiny):

@@ -243,6 +243,7 @@ def test_observe_and_introspect_as_a_person_runs_them(chains, tmp_path):
     assert lines[0].startswith("1+2=") and re.match("  sure|  said nothing", lines[1]) and lines[2].startswith("2*2*2=")
 
     assert "no observer" in refused("sample.py", f"--run={plain}", "--introspect", "1+2=")
+    assert "no observer" in refused("sample.py", f"--run={plain}", "--price=0.1", "1+2=")
     assert "either prompts or --input" in refused("observe.py", f"--run={watched}") and "either" in refused("observe.py", f"--run={watched}", f"--input={text}", "1+2=")
     assert "cannot read" in refused("observe.py", f"--run={watched}", "--input=nowhere.txt")
     assert "cannot write" in refused("observe.py", f"--run={watched}", f"--out={text}", "1+2=")
