@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -334,80 +335,73 @@ def table(folders: dict[str, list[Path]], columns: list[str]) -> None:
         print(f"| {row} | {len(done)} | " + " | ".join(cells) + " |")
 
 
-def draw_frontier(folders: dict[str, list[Path]], path: Path) -> None:
-    """Left: answers right against thoughts a row, over all trained lengths. Right: thoughts a row by length. One colour a price."""
+@contextmanager
+def side_by_side(path: Path, **options):
+    """-> pyplot and a pair of axes; what is drawn on them is saved."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (a, b) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for i, (row, runs) in enumerate(folders.items()):
-        colour = plt.cm.viridis(i / max(1, len(folders) - 1))
-        for j, run_folder in enumerate(runs):
-            report = json.loads((run_folder / "report.json").read_text())
-            levels = [str(n) for n in report["trained_levels"]]
-            policy = report["modes"]["policy"]
-            right, thoughts = ([policy[part][n] for n in levels] for part in ("accuracy", "thoughts_per_row"))
-            a.plot(sum(thoughts) / len(levels), sum(right) / len(levels), "o", color=colour, label=None if j else row)
-            b.plot(report["trained_levels"], thoughts, marker="o", ms=3, color=colour)
-    a.set(xlabel="thoughts a row, mean over trained lengths", ylabel="answers right", ylim=(0, 1.03), title="what thinking buys")
-    a.legend(fontsize=8)
-    b.set(xlabel="operations", ylabel="thoughts a row", title="where it is spent")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", **options)
+    yield plt, axes
     figure.savefig(path, dpi=80)
     plt.close(figure)
+
+
+def draw_frontier(folders: dict[str, list[Path]], path: Path) -> None:
+    """Left: answers right against thoughts a row, over all trained lengths. Right: thoughts a row by length. One colour a price."""
+    with side_by_side(path) as (plt, (a, b)):
+        for i, (row, runs) in enumerate(folders.items()):
+            colour = plt.cm.viridis(i / max(1, len(folders) - 1))
+            for j, run_folder in enumerate(runs):
+                report = json.loads((run_folder / "report.json").read_text())
+                levels = [str(n) for n in report["trained_levels"]]
+                policy = report["modes"]["policy"]
+                right, thoughts = ([policy[part][n] for n in levels] for part in ("accuracy", "thoughts_per_row"))
+                a.plot(sum(thoughts) / len(levels), sum(right) / len(levels), "o", color=colour, label=None if j else row)
+                b.plot(report["trained_levels"], thoughts, marker="o", ms=3, color=colour)
+        a.set(xlabel="thoughts a row, mean over trained lengths", ylabel="answers right", ylim=(0, 1.03), title="what thinking buys")
+        a.legend(fontsize=8)
+        b.set(xlabel="operations", ylabel="thoughts a row", title="where it is spent")
 
 
 def draw_observer(folders: dict[str, list[Path]], path: Path) -> None:
     """Left: answers right (or nats) against thoughts, by the gate and steered by the observer at several prices. Right: what the first note foretold."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (a, b) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", width_ratios=(1, 1.3))
-    found = {row: [json.loads((f / "calibration.json").read_text()) for f in some if (f / "calibration.json").exists()] for row, some in folders.items()}
-    for i, (row, some) in enumerate(found.items()):
-        for j, one in enumerate(some):
-            if steered := one.get("steered"):
-                line = [steered[price] for price in steered]
-                a.plot([x["thoughts"] for x in line], [x["score"] for x in line], ".-", color=f"C{i}", lw=0.8, label=None if j else f"{row}: steered")
-            gate = one["blind"]["nothing"]
-            a.plot(gate["thoughts"], gate["score"], "*", ms=11, color=f"C{i}", mec="black", label=None if j else f"{row}: its gate")
-    a.set(xlabel="thoughts a row", ylabel="answers right" if "wrong" in some[0] or "places" in some[0] else "nats a token", title="steered by the observer, price by price")
-    a.legend(fontsize=7)
-    pairs = [f"{what} and {name}" for what in ("loss", "coming") for name in ("change", "attention", "lens", "slope")]
-    for i, (row, some) in enumerate(found.items()):
-        values = [[one["notes"][pair] for pair in pairs] for one in some if "notes" in one]
-        for j, one in enumerate(values):
-            b.plot(one, range(len(pairs)), "o", color=f"C{i}", alpha=0.6, label=None if j else row)
-    b.axvline(0, color="0.5", lw=0.8)
-    b.set_yticks(range(len(pairs)), pairs)
-    b.set(xlim=(-1, 1), xlabel="rank correlation, one dot a seed", title="confusion and the middle layers")
-    b.legend(fontsize=7)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    with side_by_side(path, width_ratios=(1, 1.3)) as (_, (a, b)):
+        found = {row: [json.loads((f / "calibration.json").read_text()) for f in some if (f / "calibration.json").exists()] for row, some in folders.items()}
+        for i, (row, some) in enumerate(found.items()):
+            for j, one in enumerate(some):
+                if steered := one.get("steered"):
+                    line = [steered[price] for price in steered]
+                    a.plot([x["thoughts"] for x in line], [x["score"] for x in line], ".-", color=f"C{i}", lw=0.8, label=None if j else f"{row}: steered")
+                gate = one["blind"]["nothing"]
+                a.plot(gate["thoughts"], gate["score"], "*", ms=11, color=f"C{i}", mec="black", label=None if j else f"{row}: its gate")
+        a.set(xlabel="thoughts a row", ylabel="answers right" if "wrong" in some[0] or "places" in some[0] else "nats a token", title="steered by the observer, price by price")
+        a.legend(fontsize=7)
+        pairs = [f"{what} and {name}" for what in ("loss", "coming") for name in ("change", "attention", "lens", "slope")]
+        for i, (row, some) in enumerate(found.items()):
+            values = [[one["notes"][pair] for pair in pairs] for one in some if "notes" in one]
+            for j, one in enumerate(values):
+                b.plot(one, range(len(pairs)), "o", color=f"C{i}", alpha=0.6, label=None if j else row)
+        b.axvline(0, color="0.5", lw=0.8)
+        b.set_yticks(range(len(pairs)), pairs)
+        b.set(xlim=(-1, 1), xlabel="rank correlation, one dot a seed", title="confusion and the middle layers")
+        b.legend(fontsize=7)
 
 
 def draw_learning(folders: dict[str, list[Path]], path: Path) -> None:
     """Answers right on validation rows against steps: left at four operations, right at eight. One colour a kind of run, one line a seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    for level, axis in zip(("4", "8"), axes):
-        for i, (row, runs) in enumerate(folders.items()):
-            for j, folder in enumerate(runs):
-                logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-                points = [(log["step"] + 1, log["validation"][level]) for log in logs if "validation" in log]
-                axis.plot(*zip(*points), color=f"C{i}", lw=1, label=None if j else row)
-        axis.set(xlabel="step", title=f"{level} operations")
-    axes[0].set(ylabel="answers right", ylim=(0, 1.03))
-    axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    with side_by_side(path, sharey=True) as (_, axes):
+        for level, axis in zip(("4", "8"), axes):
+            for i, (row, runs) in enumerate(folders.items()):
+                for j, folder in enumerate(runs):
+                    logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                    points = [(log["step"] + 1, log["validation"][level]) for log in logs if "validation" in log]
+                    axis.plot(*zip(*points), color=f"C{i}", lw=1, label=None if j else row)
+            axis.set(xlabel="step", title=f"{level} operations")
+        axes[0].set(ylabel="answers right", ylim=(0, 1.03))
+        axes[0].legend(fontsize=7)
 
 
 def main(argv: list[str]) -> None:
