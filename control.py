@@ -134,14 +134,15 @@ def follow(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
 
 def bounded(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
     """
-    {level: {how: answers right}} where a row may think one thought for each token of its question, wherever it likes: with runs that end as the model
-    says, and with runs of max_run thoughts for as long as there are any.
+    {level: {how: answers right, "thoughts": a row, in runs that end as the model says}} where a row may think one thought for each token of its question,
+    wherever it likes: with such runs, and with runs of max_run thoughts for as long as there are any left.
     """
     result, full = {}, dataclasses.replace(thinking, hold=1.0, hold_next=1.0)
     for level in split.levels:
         batch = split.first(rows, level).to(model.embedding.weight.device)
         how_to = {name: dataclasses.replace(how, greedy=True, budget=int(batch.prompt.max())) for name, how in (("ended", thinking), ("full runs", full))}
-        result[level] = {name: evaluate(model, batch, how)[1].double().mean().item() for name, how in how_to.items()}
+        found = {name: evaluate(model, batch, how) for name, how in how_to.items()}
+        result[level] = {name: right.double().mean().item() for name, (_, right) in found.items()} | {"thoughts": found["ended"][0].thinks.sum().item() / len(batch.real)}
     return result
 
 

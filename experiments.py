@@ -158,8 +158,13 @@ def demonstrations() -> dict:
 
 
 def done() -> dict:
-    """Up to three thoughts in a row, ended by the gate or by DONE. One layer, one seed."""
-    return {f"{what} ends a run": {what: [*CHAIN, "--max_run=3", *options, "--seed=1"]} for what, options in {"gate": [], "DONE": ["--done=true"]}.items()}
+    """Up to three thoughts in a row, ended by the gate or by DONE: found, one seed, or shown that one is enough, three seeds. One layer."""
+    shown = ["--data=out/data/demonstrated", "--curriculum=false", "--split_every=0", "--steps=400", "--free=1", "--report=false"]
+    rows = {}
+    for kind, options, some in (("found", [], SEEDS[:1]), ("shown", shown, SEEDS[:3])):
+        for ends, how in (("gate", []), ("DONE", ["--done=true"])):
+            rows[f"{kind}, {ends} ends a run"] = {f"{kind}_{ends}_{s}": [*CHAIN, "--max_run=3", *how, *options, f"--seed={s}"] for s in some}
+    return rows
 
 
 SETS = {f.__name__: f for f in (seeds, ablations, prices, moduli, addition, shakespeare, observer, observer_text, observer_sums, recall, revise, demonstrations, done)}
@@ -228,7 +233,7 @@ def measure_control(found: dict, folder: Path) -> dict[str, float | None]:
     """What control.py found, and how soon the model had learned."""
     numbers = {f"sampled, {name}": value for line in found["sampled"].values() for name, value in line.items()}
     numbers |= {f"{how}, {name}": value for how, line in found.get("recall", {}).items() for name, value in line.items()}
-    numbers |= {f"{n} bounded, {how}": right for n, line in found.get("bounded", {}).items() for how, right in line.items()}
+    numbers |= {f"{n} {'thoughts' if how == 'thoughts' else f'bounded, {how}'}": x for n, line in found.get("bounded", {}).items() for how, x in line.items()}
     if follow := found.get("follow"):
         numbers |= {f"{name} at {n}": share for n, line in follow.items() for name, share in line.items()}
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
@@ -319,7 +324,7 @@ COLUMNS = {  # the tables of each set
     "recall": [[f"{how}, {what}" for how in ("policy", "never", "always", "scattered") for what in ("accuracy", "at the question", "elsewhere", "cost")]],
     "revise": [["5", *(f"sampled, {x}" for x in ("forbidden", "allowed", "errors gone", "false revisions", "caught", "taken back a row")), "seconds"]],
     "demonstrations": [["2", "4", "8", *(f"95% at 1 to {n}, steps" for n in (2, 4, 8)), *(f"{x} at 8" for x in ("follows", "keeps", "follows, earlier", "keeps, earlier"))]],
-    "done": [["worst trained length", "8", "128, window 16", "8, never", "8, swapped", *(f"thoughts at {n}" for n in (1, 2, 4, 8)), "seconds"]],
+    "done": [["8", "8 bounded, ended", "8 bounded, full runs", "1 thoughts", "4 thoughts", "8 thoughts", "follows, earlier at 8", "seconds"]],
     "addition": [["1", "2", "3", "4", "5", "3, never", "3, swapped", "3, constant", "thoughts at 1", "thoughts at 3", "thoughts at 5", "seconds"]],
 }
 
