@@ -135,7 +135,8 @@ def revise() -> dict:
             base = ["config/revise.toml", "--report=false", f"--steps={steps}", *options]
             rows[f"{kind}, {steps:,} steps"] = {f"{steps}_{len(options)}_{s}": [*base, f"--seed={s}"] for s in SEEDS[:3]}
     kinds = {"with REVISE": [], "without": ["--revise=false"], "with REVISE, half of the words corrupted": ["--corrupt=0.5"]}
-    for name, (kind, options) in zip(("added", "longer", "half"), kinds.items()):
+    kinds["with REVISE, a wrong first guess in half of the rows"] = ["--corrupt=0", "--data=out/data/addition_guesses"]
+    for name, (kind, options) in zip(("added", "longer", "half", "guesses"), kinds.items()):
         base = ["config/revise.toml", "--report=false", "--steps=1500", *options]
         rows[f"without, 1,500 steps, then {kind}, 1,500 more"] = {f"{name}_{s}": [*base, f"--init_from=out/revise/1500_1_{s}", f"--seed={s}"] for s in SEEDS[:3]}
     return rows
@@ -177,6 +178,7 @@ DATA = {  # folder under out/data -> options of data/arithmetic/prepare.py; othe
     "addition_forwards": ["--task=addition"],
     "addition_reversed": ["--task=addition", "--reversed", "--digits=3"],
     "addition_padded": ["--task=addition", "--pad"],
+    "addition_guesses": ["--task=addition", "--pad", "--guesses=0.5"],
     "demonstrated": ["--demonstrate"],
 }
 
