@@ -137,7 +137,7 @@ def bounded(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
     {level: {how: answers right, "thoughts": a row, in runs that end as the model says}} where a row may think one thought for each token of its question,
     wherever it likes: with such runs, and with runs of max_run thoughts for as long as there are any left.
     """
-    result, full = {}, dataclasses.replace(thinking, hold=1.0, hold_next=1.0)
+    result, full = {}, dataclasses.replace(thinking, hold=1.0)
     for level in split.levels:
         batch = split.first(rows, level).to(model.embedding.weight.device)
         how_to = {name: dataclasses.replace(how, greedy=True, budget=int(batch.prompt.max())) for name, how in (("ended", thinking), ("full runs", full))}

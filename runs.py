@@ -74,7 +74,6 @@ class Config:
     # thoughts
     max_run: int = 1  # thoughts in a row, at most
     hold: float = 1.0  # probability of a run of thoughts behind a token, as long as thoughts are free
-    hold_next: float = 1.0  # then probability of each further thought in a run: below 1 the words learn to do with runs of any length
     gate_init: float = 0.95  # the gate's own, when it takes over
     sharp: float = 1.0  # spread of untrained thought logits; above 1, a thought is a hash of the state before it has learned anything
     thought_grad: str = "echo"  # echo | reinforce
@@ -292,7 +291,7 @@ def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]
 def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking:
     """As the model was trained to: by its gate or, as long as neither price nor demonstrations have taught it anything, as often as it is made to."""
     taught = paid or config.demonstrate and vocabulary.meta.get("thoughts")
-    hold = {} if taught else {"hold": config.hold, "hold_next": config.hold_next}
+    hold = {} if taught else {"hold": config.hold}
     return Thinking(max_run=config.max_run, after=vocabulary.think_after(), window=config.window, hold_recall=None if paid else config.hold_recall, **hold)
 
 

@@ -22,8 +22,7 @@ class Thinking:
     """How a stream is made. All modes but `policy` take the thoughts, or their meaning, away."""
 
     mode: str = "policy"  # policy | never | random | constant | swapped (with the next row of the batch)
-    hold: float | None = None  # runs of thoughts, begun with this probability; the gate is not asked
-    hold_next: float = 1.0  # then each further one follows with this probability, up to max_run
+    hold: float | None = None  # runs of max_run thoughts, begun with this probability; the gate is not asked
     explore: float = 0.0  # the gate, if asked, does the one thing and the other with this probability at least
     greedy: bool = False  # think where the gate, if asked, says more than 1/2; take the likeliest thought and word
     max_run: int = 1  # thoughts in a row, at most
@@ -356,7 +355,7 @@ def without_thoughts(real: Tensor, length: Tensor, window: int = 0) -> Rollout:
 
 def hold_run(run: Tensor, thinking: Thinking) -> Tensor | None:
     """Probability of a thought, where the gate is not asked: of the first in a run, and then to go on -> as run, thoughts already in it; None where it is asked."""
-    return None if thinking.hold is None else torch.where(run == 0, thinking.hold, thinking.hold_next)
+    return None if thinking.hold is None else torch.where(run == 0, thinking.hold, 1.0)
 
 
 def decide(logit: Tensor, uniform: Tensor, hold: Tensor | float | None, thinking: Thinking) -> Tensor:

@@ -45,7 +45,7 @@ def slow_speak(model, row, real, given, length, thinking, generator, stop=-1):
             continue
         place = (pointer - 1) * runs + run
         may = K and thinking.mode != "never" and run < runs and not opened and not (thinking.budget and spent >= thinking.budget)
-        hold = None if thinking.hold is None else thinking.hold if run == 0 else thinking.hold_next
+        hold = None if thinking.hold is None else thinking.hold if run == 0 else 1.0
         if may and chance((go_on if run else gate).sigmoid(), noise.think[row, place], hold):
             stream, run, spent = stream + [V + int((thoughts if noise.thought is None else thoughts + noise.thought[row, place]).argmax())], run + 1, spent + 1
         elif can.recall and not opened and chance(recall.sigmoid(), noise.recall[row, pointer - 1], thinking.hold_recall):
@@ -72,7 +72,7 @@ def some_model(tiny, case):
             model.gate.bias += pick([-1.0, 0.0, 3.0])
     thinking = Thinking(
         max_run=pick([1, 2, 4]), window=pick([0, 2, 5]), budget=pick([0, 0, 3]), revisions=pick([0, 1, 4, 9]), greedy=pick([True, False]),
-        hold=pick([None, None, 0.5]), hold_next=pick([0.6, 1.0]), hold_recall=pick([None, None, 0.0, 1.0]),
+        hold=pick([None, None, 0.5]), hold_recall=pick([None, None, 0.0, 1.0]),
     )  # fmt: skip
     return model, thinking, pick
 

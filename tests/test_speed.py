@@ -35,7 +35,6 @@ def test_the_parallel_rollout_is_the_sequential_one(tiny, seed):
         thinking = Thinking(
             mode=pick(["policy", "policy", "policy", "swapped", "random", "constant", "never"]),
             hold=pick([None, None, 0.0, 0.4, 1.0]),
-            hold_next=pick([1.0, 0.5]),
             explore=pick([0.0, 0.1]),
             greedy=pick([False, False, True]),
             max_run=pick([1, 2, 3]),
