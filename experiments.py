@@ -29,13 +29,14 @@ class ExperimentConfig:
 
 
 def seeds() -> dict:
-    """Thinking and plain models of two layers and one, five seeds."""
+    """Thinking and plain models of two layers and one, and with a third of the rows a step, five seeds."""
     kinds = {"thinking": CHAIN, "plain": PLAIN, "plain, short rows first": [*PLAIN, "--curriculum=true"]}
+    few = {"thinking, 1 layer, a third of the rows a step": {f"few_{s}": [*CHAIN, "--batch_tokens=512", f"--seed={s}"] for s in SEEDS}}
     return {  # {row of the table: {run: options}}, as in every set
         f"{kind}, {layers} layer{'s' * (layers > 1)}": {f"{i}_{layers}_{s}": [*options, f"--n_layer={layers}", f"--seed={s}"] for s in SEEDS}
         for i, (kind, options) in enumerate(kinds.items())
         for layers in (2, 1)
-    }
+    } | few
 
 
 def ablations() -> dict:
@@ -83,7 +84,7 @@ def addition() -> dict:
 
 
 def shakespeare() -> dict:
-    """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds, two for thinking, else one."""
+    """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds, or one."""
     beside = {s: f"--plain=out/shakespeare/plain_{s}" for s in SEEDS[:3]}
     notes = {s: ["config/shakespeare_notes.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]}
     dear = ["--think_cost=0.1", "--free=0.5", "--gate_init=0.9", "--gate_lr=0.01", "--sharp=4"]
@@ -91,7 +92,7 @@ def shakespeare() -> dict:
     return {  # in this order, since some begin with the weights of others
         "plain": {f"plain_{s}": ["config/shakespeare_plain.toml", f"--seed={s}", "--report=true"] for s in SEEDS[:3]},
         "notes": {f"notes_{s}": [*options, f"--init_from=out/shakespeare/plain_{s}"] for s, options in notes.items()},
-        "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:2]},
+        "thinking": {f"thinking_{s}": ["config/shakespeare.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]},
         "thinking, price 0.1": {"dear_1": ["config/shakespeare.toml", *dear, "--seed=1", beside[1]]},
         "plain, 6,000 steps": {"long_1": ["config/shakespeare_plain.toml", "--steps=6000", "--seed=1", "--report=true"]},
         "notes, 1,000 steps more": {f"more_{s}": [*options, *more, f"--init_from=out/shakespeare/notes_{s}"] for s, options in notes.items()},
