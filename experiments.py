@@ -19,7 +19,8 @@ from pathlib import Path
 from data.dataset import DataError
 from runs import load_config, run
 
-CHAIN, PLAIN = ["config/chain.toml", "--plain="], ["config/plain.toml", "--report=true"]
+MANY = "--batch_tokens=1536"  # three times the main job's: most tables are of these
+CHAIN, PLAIN = ["config/chain.toml", "--plain=", MANY], ["config/plain.toml", "--report=true", MANY]
 SEEDS = (1, 2, 3, 4, 5)
 
 
@@ -29,14 +30,14 @@ class ExperimentConfig:
 
 
 def seeds() -> dict:
-    """Thinking and plain models of two layers and one, and with a third of the rows a step, five seeds."""
+    """The main job; thinking and plain models of two layers and one with three times the rows a step; five seeds."""
     kinds = {"thinking": CHAIN, "plain": PLAIN, "plain, short rows first": [*PLAIN, "--curriculum=true"]}
-    few = {"thinking, 1 layer, a third of the rows a step": {f"few_{s}": [*CHAIN, "--batch_tokens=512", f"--seed={s}"] for s in SEEDS}}
-    return {  # {row of the table: {run: options}}, as in every set
+    main_job = {"the main job": {f"few_{s}": ["config/chain.toml", "--plain=", f"--seed={s}"] for s in SEEDS}}
+    return main_job | {  # {row of the table: {run: options}}, as in every set
         f"{kind}, {layers} layer{'s' * (layers > 1)}": {f"{i}_{layers}_{s}": [*options, f"--n_layer={layers}", f"--seed={s}"] for s in SEEDS}
         for i, (kind, options) in enumerate(kinds.items())
         for layers in (2, 1)
-    } | few
+    }
 
 
 def ablations() -> dict:
@@ -76,7 +77,7 @@ def addition() -> dict:
     rows = {
         "plain": [*forwards, "--n_think=0"],
         "thinking, half of the rows forget": forwards,
-        "reversed, plain": ["config/plain.toml", *backwards, "--n_layer=2", "--curriculum=true", "--report=true"],
+        "reversed, plain": ["config/plain.toml", MANY, *backwards, "--n_layer=2", "--curriculum=true", "--report=true"],
         "reversed, thinking first free, then paid": [*thinking, "--explore=0.05"],
         "reversed, thinking paid from the start": [*thinking, "--curriculum=false", "--free=0", "--gate_init=0.5", "--rollouts=2"],
     }
