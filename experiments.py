@@ -32,7 +32,7 @@ class ExperimentConfig:
 def seeds() -> dict:
     """The main job; thinking and plain models of two layers and one with three times the rows a step; five seeds."""
     kinds = {"thinking": CHAIN, "plain": PLAIN, "plain, short rows first": [*PLAIN, "--curriculum=true"]}
-    main_job = {"the main job": {f"few_{s}": ["config/chain.toml", "--plain=", f"--seed={s}"] for s in SEEDS}}
+    main_job = {"the main job": {f"main_{s}": ["config/chain.toml", "--plain=", f"--seed={s}"] for s in SEEDS}}
     return main_job | {  # {row of the table: {run: options}}, as in every set
         f"{kind}, {layers} layer{'s' * (layers > 1)}": {f"{i}_{layers}_{s}": [*options, f"--n_layer={layers}", f"--seed={s}"] for s in SEEDS}
         for i, (kind, options) in enumerate(kinds.items())

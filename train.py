@@ -26,8 +26,8 @@ from data.dataset import Batch, DataError, load_meta, load_split, load_vocabular
 from loss import evaluate, hybrid_loss, token_loss, wrong_words
 from model import GPT
 from runs import (
-    RANK, WORLD, Config, add_up_gradients, autocast, begin_with, how_to_think, join, leave, load_checkpoint, load_config, load_weights, model_config, pick_device, run,
-    save_checkpoint, total,
+    RANK, WORLD, Config, add_up_gradients, autocast, begin_with, how_to_think, join, leave, load_checkpoint, load_config, load_weights, model_config, pick_device,
+    run, save_checkpoint, total,
 )  # fmt: skip
 from stream import Noise, Rollout, Thinking, draw_noise, load_dice, parallel_rollout, rollout
 
