@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401 (imported after `join`, its default arguments would hold the group past `leave`, whose threads can abort an exit)
 from torch import Tensor
 
 from data.dataset import DataError, Vocabulary, load_vocabulary

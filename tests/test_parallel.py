@@ -62,6 +62,23 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(chains, tmp_pa
     assert {file.name for file in (tmp_path / "two").iterdir()} == {"checkpoint.pt", "config.json", "metrics.jsonl"}
 
 
+LEFT = """
+import weakref, torch, torch.distributed as dist
+from runs import join, leave
+join("cpu")
+group = weakref.ref(dist.group.WORLD)
+torch.optim.AdamW([torch.zeros(1)])  # imports what would hold on to the group
+leave()
+assert group() is None
+"""
+
+
+def test_a_group_is_gone_once_left_so_that_none_of_its_threads_can_abort_the_exit():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    left = subprocess.run([sys.executable, "-c", LEFT], cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, timeout=300)
+    assert left.returncode == 0, left.stderr
+
+
 @pytest.mark.skipif(not shutil.which("ps"), reason="ps finds the processes")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_run_with_a_sentence_and_a_checkpoint(chains, tmp_path, victim):
