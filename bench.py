@@ -296,8 +296,10 @@ def peers(c: BenchConfig, device: str):
     model, batch, noise = make(c, device, c.thoughts), make_batch(c, device), torch.Generator(device).manual_seed(0)
     start = torch.zeros(c.rows, c.length + 1, dtype=torch.long, device=device)
     given, length = torch.ones_like(start[:, 0]), torch.full_like(start[:, 0], c.length + 1)
+    on_gpu = {"rollout as a CUDA graph": lambda: rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise, graph=True)} if device == "cuda" else {}
     jobs = {
         "rollout": lambda: rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
+        **on_gpu,
         "rollout in parallel": lambda: parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
         "rollout without a cache": lambda: without_cache(model, batch.real, c.length, noise),
         "sampling": lambda: speak(model, start, given, length, Thinking("never"), noise),
@@ -336,17 +338,18 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(c.threads)
     if c.peak:
         return print_peak(c, device)
-    shape = "" if c.run else f", {c.n_layer} layers, {c.words} words, {c.thoughts} thoughts"
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads{shape}; medians of {c.repeats} turns")
+    model = "" if c.run else f", {c.n_layer} layers, {c.words} words, {c.thoughts} thoughts"
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads{model}; medians of {c.repeats} turns")
     if c.run:
         found = {"trained": table(f"The two rollouts of {c.run}", trained(c, device))}
     else:
         found = {"growth": table("Training steps on the same real tokens, and rollouts", growth(c, device))}
         found["exponents"] = table("Power of the stream's length with which they grow", [exponents(c, found["growth"])])
-        shape = f"{c.rows} rows of {c.length} columns, width {c.n_embd}"
-        found["parts"] = table(f"Parts of a step: {shape}", parts(c, device))
+        shape = lambda c: f"{c.rows} rows of {c.length} columns, width {c.n_embd}"  # noqa: E731
+        found["parts"] = table(f"Parts of a step: {shape(c)}", parts(c, device))
         found["masks"] = table("Attention alone, there and back", masks(c, device))
-        found["peers"] = table(f"Peers: {shape}", peers(c, device))
+        small = dataclasses.replace(c, rows=1, n_embd=c.n_embd // 2)
+        found["peers"], found["peers, small"] = (table(f"Peers: {shape(s)}", peers(s, device)) for s in (c, small))
     print("\n" + json.dumps({"torch": torch.__version__, "device": device, "threads": torch.get_num_threads(), "config": dataclasses.asdict(c)} | found))
 
 

@@ -101,13 +101,14 @@ def shakespeare() -> dict:
 
 
 def observer_text() -> dict:
-    """The observer head on a text: a plain model, three seeds, and thoughts added to it."""
-    options = ["--observer=quarters", "--horizon=1", "--report=true"]
+    """The observer head on a text: a plain model, and thoughts added to it; five seeds."""
+    options, begin = ["--observer=quarters", "--horizon=1", "--report=true"], "--init_from=out/observer_text/plain_"
+    more = ["config/shakespeare_plain.toml", "--steps=800"]
     thinking = ["config/shakespeare.toml", "--steps=800", "--free=0.5", "--explore=0.05"]
     return {
-        "plain": {f"plain_{s}": ["config/shakespeare_plain.toml", *options, f"--seed={s}"] for s in SEEDS[:3]},
-        "plain, 800 steps more": {"longer_1": ["config/shakespeare_plain.toml", *options, "--steps=800", "--init_from=out/observer_text/plain_1", "--seed=1"]},
-        "thoughts added, 800 steps": {"thinking_1": [*thinking, *options, "--init_from=out/observer_text/plain_1", "--plain=out/observer_text/longer_1", "--seed=1"]},
+        "plain": {f"plain_{s}": ["config/shakespeare_plain.toml", *options, f"--seed={s}"] for s in SEEDS},
+        "plain, 800 steps more": {f"longer_{s}": [*more, *options, f"{begin}{s}", f"--seed={s}"] for s in SEEDS},
+        "thoughts added, 800 steps": {f"thinking_{s}": [*thinking, *options, f"{begin}{s}", f"--plain=out/observer_text/longer_{s}", f"--seed={s}"] for s in SEEDS},
     }
 
 

@@ -90,21 +90,22 @@ class KVCache:
     Taking a row back to an earlier state is to set its length: what lies behind is written over. So rows have lengths of their own where there is REVISE or
     RECALL, and one length where there is neither. With a window the buffer is a ring, and memory per row is constant, with `back` columns to spare for being taken back;
     but RECALL keeps all. The ring's order is of no matter to attention: positions are rotated into the keys before they are stored.
+    With `whole` every column attends to the whole buffer, masked, and lengths are numbers on the device: what it computes has the same shapes at every column.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, columns: int, window: int = 0, back: int = 0, device=None, dtype=None):
-        self.window = window
+    def __init__(self, config: GPTConfig, batch: int, columns: int, window: int = 0, back: int = 0, device=None, dtype=None, whole: bool = False):
+        self.window, self.whole = window, whole
         self.size = min(window + back, columns) if window and not config.recall else columns
         heads = config.n_head + bool(config.observer)  # the observer's is used in the last layer only
         shape = (config.n_layer, batch, heads, self.size, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, heads, size, hs)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = torch.arange(batch, device=device)
-        self.length = torch.zeros_like(self.rows) if config.revise or config.recall else 0  # columns stored so far: (B,), or the same for all rows
+        self.length = torch.zeros_like(self.rows) if config.revise or config.recall or whole else 0  # columns stored so far: (B,), or the same for all rows
 
     def seen(self, new: int) -> int:
         """Columns of the buffer in use with `new` more."""
-        return min(int(self.length.max() if torch.is_tensor(self.length) else self.length) + new, self.size)
+        return self.size if self.whole else min(int(self.length.max() if torch.is_tensor(self.length) else self.length) + new, self.size)
 
     def view(self, opens: Tensor | None = None) -> Tensor | None:
         """What the next column sees of the buffer -> (B, 1, 1, seen) bool, or None for all of it. opens (B,): rows in which it sees everything."""

@@ -41,7 +41,7 @@ class Config:
     seed: int = 1
     device: str = "auto"  # auto | cpu | cuda | mps
     threads: int = 0  # CPU threads, 0 for torch's choice
-    compile: bool = False  # torch.compile the two parallel passes
+    compile: bool = False  # torch.compile the two parallel passes; on a GPU a column of the sequential rollout becomes a CUDA graph
     precision: str = "auto"  # of the matrix products in training: float32 | bfloat16 | auto: bfloat16 on a GPU that has it
     shown_share: float = 0.0  # share of each batch, at least, that is drawn from the rows whose thoughts are demonstrated
     # the network

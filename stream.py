@@ -133,13 +133,14 @@ def load_dice(noise: Noise, thoughts: Tensor, where: Tensor) -> Noise:
 
 
 @torch.no_grad()
-def rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, generator=None, noise: Noise | None = None) -> Rollout:
+def rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, generator=None, noise: Noise | None = None, graph: bool = False) -> Rollout:
     """
     Walk all rows from left to right, one column a step, where every word is given (teacher forcing). Each row has its own pointer to its next real token.
     At every column the gate is sampled: either a thought is appended, or RECALL is, or the next real token.
 
     real: (B, T) ids, T >= length (B,). generator: the source of all chance in here, so that evaluation never draws from training's.
     noise: the chance, if it is drawn already: then the generator is not asked.
+    graph: a column's work is recorded once, as kernels of a GPU, and then only launched; see `as_graph`.
     Nothing in the loop waits for the device but a look, every eight columns, whether it is done.
     """
     (B, T), V, K = real.shape, model.config.vocab_size, model.config.n_think
@@ -149,35 +150,66 @@ def rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, genera
     if not runs and not recall:
         return without_thoughts(real, length, thinking.window)
     columns = max(1, (int(length.max()) - 1) * (1 + runs + recall))  # at most; a row's last token is said, not fed
-    cache = KVCache(model.config, B, columns, thinking.window, 0, device, model.embedding.weight.dtype)
+    cache = KVCache(model.config, B, columns, thinking.window, 0, device, model.embedding.weight.dtype, whole=graph)
     noise = noise or draw_noise(model, B, T, thinking, generator)
     may_follow = thoughts_may_follow(model, thinking)
     real, none = F.pad(real, (0, 1)), torch.zeros(B, dtype=torch.bool, device=device)  # (B, T + 1): a row that is done still has something to point at
-    token, pointer, run, recalls = real[:, 0], torch.ones_like(rows), torch.zeros_like(rows), none
-    record = []  # of (token, pointer, decides, thinks, recalls, valid), each (B,)
-    for column in range(columns):
-        opens = recalls  # this column is a RECALL
+
+    def step(token, pointer, run, opens, stored):
+        """One column of all rows: of its token, the next real one, thoughts since the last, whether it is a RECALL, columns in the cache; the same of the next column."""
+        cache.length = stored
         out = model.think(token[:, None], cache.view(opens), cache)
-        if recall:
-            cache.length = cache.length - opens.long()
         valid = pointer < length
         decides = valid & (run < runs) & may_follow[token] if runs else none
-        thinks = thought = none
+        thinks = recalls = thought = none
         if runs:
             uniform, gumbels = noise.at(rows, (pointer - 1) * runs + run)
             thinks = decides & decide(out.thinking(run[:, None])[:, 0], uniform, hold_run(run, thinking), thinking)
             thought = choose_thought(out.thoughts[:, 0], gumbels, thinking)
         if recall:
             recalls = valid & ~thinks & ~opens & decide(out.recall[:, 0], noise.recall[rows, pointer - 1], thinking.hold_recall, thinking)
-        record.append((token, pointer, decides, thinks, recalls, valid))
+        told = torch.stack([token, pointer, decides, thinks, recalls, valid])
         token = torch.where(thinks, V + thought, torch.where(recalls, V + K, real[rows, pointer]))
-        run = torch.where(thinks, run + 1, 0)
         pointer = torch.where(thinks | recalls | ~valid, pointer, pointer + 1)
-        if column % 8 == 7 and (pointer >= length).all():
+        return token, pointer, torch.where(thinks, run + 1, 0), recalls, cache.length - opens.long() if recall else cache.length, told
+
+    state, record = (real[:, 0], torch.ones_like(rows), torch.zeros_like(rows), none, cache.length), []
+    step = as_graph(step, state) if graph else step
+    for column in range(columns):
+        *state, told = step(*state)
+        record.append(told)
+        if column % 8 == 7 and (state[1] >= length).all():
             break
-    parts = [torch.stack(part, dim=1) for part in zip(*record)]
-    used = max(1, int(parts[-1].any(dim=0).sum()))
-    return Rollout(*(part[:, :used] for part in parts), real[:, :-1], length, nothing_taken(real), thinking.window)
+    told = torch.stack(record, dim=2)  # (6, B, C)
+    told = told[:, :, : max(1, int(told[5].any(dim=0).sum()))]
+    return Rollout(told[0], told[1], *told[2:].bool(), real[:, :-1], length, nothing_taken(real), thinking.window)
+
+
+def as_graph(step, state: tuple[Tensor, ...]):
+    """
+    A function of tensors as a CUDA graph: its kernels are recorded once, and from then on launched together, without Python between them. It must compute with
+    the same shapes at every call; what it changes besides, it changes alike when called again with the same. state: arguments to record it with.
+    On other devices it stays as it is.
+    """
+    if state[0].device.type != "cuda":
+        return step
+    places = [x.clone() for x in state]  # the graph reads here, always
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        step(*places)  # libraries get ready at their first call, which cannot be recorded
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step(*places)
+
+    def launch(*state):
+        for place, x in zip(places, state):
+            place.copy_(x)
+        graph.replay()
+        return [x.clone() for x in made]
+
+    return launch
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import stream
 from data.dataset import Batch
 from loss import first_pass, hybrid_loss, return_to_go, with_wrong_words, wrong_words
 from runs import Config
@@ -114,6 +116,29 @@ def test_where_all_words_are_given_both_loops_walk_the_same_way(tiny):
         for row in range(4):
             for a, b in zip(walked.alone(row)[:6], spoken.alone(row)[:6]):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("record", [lambda step, state: step, lambda step, state: make_fx(step)(*(x.clone() for x in state))], ids=["called", "recorded"])
+def test_a_column_that_sees_its_whole_buffer_is_the_same_column_and_can_be_recorded(tiny, monkeypatch, record):
+    """What a CUDA graph needs: the same shapes at every column, and nothing that Python would have to look at. Its stand-in here replays the recorded operations."""
+    monkeypatch.setattr(stream, "as_graph", record)
+    for case in range(15):
+        model, thinking, _ = some_model(tiny, case)
+        model, real, length = model.double(), torch.randint(5, (4, 9), generator=seeded(case)), torch.tensor([9, 7, 3, 8])
+        usual, whole = (rollout(model, real, length, thinking, seeded(1), graph=graph) for graph in (False, True))
+        assert all(map(torch.equal, usual[:-1], whole[:-1]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_column_as_a_cuda_graph_is_the_same_column(tiny):
+    for case in range(15):
+        model, thinking, _ = some_model(tiny, case)
+        real, length = torch.randint(5, (4, 9), generator=seeded(case)).cuda(), torch.tensor([9, 7, 3, 8]).cuda()
+        noise = torch.Generator("cuda").manual_seed(1)
+        start = noise.get_state()
+        usual = rollout(model.double().cuda(), real, length, thinking, noise)
+        noise.set_state(start)
+        assert all(map(torch.equal, usual[:-1], rollout(model, real, length, thinking, noise, graph=True)[:-1]))
 
 
 def test_no_thought_and_no_control_token_is_ever_said_and_every_budget_holds(tiny):
