@@ -94,14 +94,16 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, batch: int, columns: int, window: int = 0, back: int = 0, device=None, dtype=None, whole: bool = False):
-        self.window, self.whole = window, whole
+        self.window = window
         self.size = min(window + back, columns) if window and not config.recall else columns
         heads = config.n_head + bool(config.observer)  # the observer's is used in the last layer only
         shape = (config.n_layer, batch, heads, self.size, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, heads, size, hs)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = torch.arange(batch, device=device)
-        self.length = torch.zeros_like(self.rows) if config.revise or config.recall or whole else 0  # columns stored so far: (B,), or the same for all rows
+        own = config.revise or config.recall
+        self.length = torch.zeros_like(self.rows) if own or whole else 0  # columns stored so far: (B,), or the same for all rows
+        self.whole = whole or own and self.rows.device.type != "cpu"  # to look how long the longest is would wait for the device
 
     def seen(self, new: int) -> int:
         """Columns of the buffer in use with `new` more."""
