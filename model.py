@@ -141,9 +141,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Observer(nn.Module):
     """
     One attention head that watches how the thinking goes: it asks with the last block's input, and what it sees, its keys and values, are made of the
-    outputs of the layers below, side by side. What it sensed, the values it attends to and the column's own on top of them, goes on with the other heads,
-    to the words and the gate; and three numbers are read off it:
-      coming   the loss of the next real token, if the column speaks now
+    outputs of the layers below, side by side. What it attends to goes on with the other heads, to the words. What it sensed, that and the column's own value
+    on top, goes to the gate, and three numbers are read off it:
+      coming   the loss of the next real token, if the column speaks now: what the words expect to lose, their entropy, and what the head adds to it
       worth    how much one more thought here lowers the loss of what comes later, before its price
       ahead    the loss of all that comes later, thoughts' prices included
     """
@@ -189,10 +189,7 @@ class Attention(nn.Module):
         p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=mask is None and x.size(1) > 1)
         y = y.transpose(1, 2).flatten(2)  # (B, nh, C, hs) -> (B, C, nh * hs)
-        if self.observer is None:
-            return self.proj(y), None
-        sensed = y[..., x.size(-1) :] + own
-        return self.proj(torch.cat([y[..., : x.size(-1)], sensed], dim=-1)), sensed
+        return self.proj(y), y[..., x.size(-1) :] + own if self.observer is not None else None
 
 
 class Block(nn.Module):
@@ -302,7 +299,11 @@ class GPT(nn.Module):
         words, thoughts = self.head(x).split([self.config.vocab_size, self.config.n_think], dim=-1)
         if self.regret is not None:
             words = torch.cat([words, self.regret(x)], dim=-1)  # (B, C, V + 1)
-        readings = words[..., :0] if sensed is None else self.blocks[-1].attention.observer.read(sensed)
+        readings = words[..., :0]
+        if sensed is not None:
+            log_p = words.detach().log_softmax(dim=-1)
+            entropy = -(log_p.exp() * log_p).sum(dim=-1, keepdim=True)  # (B, C, 1)
+            readings = self.blocks[-1].attention.observer.read(sensed) + F.pad(entropy, (0, len(READINGS) - 1))  # to `coming`
         return Output(words, thoughts, *self.control(x, sensed, thoughts), readings)
 
     def adopt(self, weights: dict[str, Tensor]) -> None:

@@ -96,7 +96,7 @@ def test_the_observer_is_one_head_that_looks_at_the_layers_below(tiny):
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, a: inputs.append(a[0]))
     model.blocks[-1].register_forward_hook(lambda _m, _i, y: sensed.append(y[1]))
-    model(x)
+    out = model(x)
     block, hs = model.blocks[-1], 8
     observer = block.attention.observer
     watched = torch.cat([inputs[0], inputs[2]], dim=-1)  # outputs of the embedding and of the second layer
@@ -107,6 +107,8 @@ def test_the_observer_is_one_head_that_looks_at_the_layers_below(tiny):
     for c in range(5):
         weight = (turn(k)[: c + 1] @ turn(q)[c] / hs**0.5).softmax(dim=0)
         torch.testing.assert_close(sensed[0][0, c], weight @ v[: c + 1] + v[c])
+    p, (coming, worth, ahead) = out.words[0].softmax(dim=-1), observer.read(sensed[0][0]).T
+    torch.testing.assert_close(out.readings[0], torch.stack([coming - (p * p.log()).sum(dim=-1), worth, ahead], dim=-1))
 
 
 def test_without_an_observer_there_are_no_readings_and_with_one_nobody_listens_to_every_word_is_the_same(tiny):
