@@ -38,7 +38,7 @@ from model import GPT
 from observe import look
 from runs import Config, as_trained, load_config, load_model, run
 from sample import steered
-from stream import Rollout, Thinking, rollout
+from stream import Rollout, Thinking, read, rollout
 
 PRICES = (-10.0, 0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # nats a thought; at the first one it always thinks
 
@@ -81,7 +81,7 @@ def signs(model: GPT, roll: Rollout) -> tuple[dict[str, Tensor], Tensor]:
     """-> {name: (B, C)}, higher where more trouble is expected, with the real "loss" beside them, and the last layer's output (B, C, n_embd)."""
     last = []
     hook = model.norm.register_forward_hook(lambda _m, _x, y: last.append(y))
-    out = model(roll.stream)
+    out = read(model, roll)
     hook.remove()
     p = out.words.softmax(dim=-1)
     found = {"entropy": -torch.xlogy(p, p).sum(-1), "largest probability": -p.max(-1).values, "gate": out.gate, "loss": word_loss(out.words, roll)}
@@ -255,7 +255,7 @@ def variance(model: GPT, rows: Rows | Text, thinking: Thinking, config: Config, 
     for _ in range(batches):
         batch = rows.draw(max(1, config.batch_tokens // longest // config.rollouts), rows.levels, generator).repeat(config.rollouts)
         roll = rollout(model, batch.real, batch.length, dataclasses.replace(thinking, greedy=False, explore=config.explore), generator)
-        out = model(roll.stream)
+        out = read(model, roll)
         weight = torch.where(roll.valid & (roll.pointer >= batch.prompt[:, None]), 1.0, config.prompt_weight)
         cost = (word_loss(out.words, roll) * weight).detach()
         returns, ahead = return_to_go(cost, roll, config.think_cost, config.horizon), out.readings[..., 2].detach()
@@ -282,7 +282,7 @@ def cost(model: GPT, rows: Rows | Text, config: Config, passes: int = 30) -> dic
     return {"parameters": size[0] / size[1], "seconds": median[0] / median[1]}
 
 
-def far_apart(model: GPT, stream: Tensor) -> tuple[float, float]:
+def far_apart(model: GPT, roll: Rollout) -> tuple[float, float]:
     """
     Total variation, 0 to 1, between what two heads of the last block look at, mean over columns: from the observer to the head most like it, and from
     each other head to the one most like it (mean).
@@ -290,11 +290,11 @@ def far_apart(model: GPT, stream: Tensor) -> tuple[float, float]:
     caught = []
     hook = model.blocks[-1].attention.register_forward_hook(lambda attention, given, _: caught.append(attention.heads(*given[:4])))
     with torch.no_grad():
-        model(stream)
+        read(model, roll)
     hook.remove()
     q, k, _ = caught[0]  # (B, nh + 1, C, hs)
-    causal = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril()
-    pattern = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).masked_fill(~causal, -torch.inf).softmax(dim=-1)  # (B, nh + 1, C, C)
+    view = roll.view() if roll.window else torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril()
+    pattern = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).masked_fill(~view, -torch.inf).softmax(dim=-1)  # (B, nh + 1, C, C)
     distance = torch.stack([(pattern - pattern[:, h : h + 1]).abs().sum(-1).mean((0, 2)) / 2 for h in range(q.size(1))])  # (nh + 1, nh + 1)
     distance.fill_diagonal_(torch.inf)
     return distance[-1].min().item(), distance[:-1, :-1].min(dim=1).values.mean().item()
@@ -306,7 +306,7 @@ def notes(model: GPT, split: Rows | Text, thinking: Thinking, rows: int) -> dict
     for level in split.levels:
         batch = split.first(rows, level)
         roll = rollout(model, batch.real, batch.length, thinking, torch.Generator().manual_seed(0))
-        out, sight = look(model, roll.stream)
+        out, sight = look(model, roll.stream, roll.view())
         layers = range(model.config.n_layer // 4, model.config.n_layer - 1) or [0]
         middle = {name: getattr(sight, name)[..., list(layers)].mean(-1) for name in ("change", "attention", "lens")}
         lens = torch.cat([torch.full_like(sight.lens[..., :1], math.log(model.config.vocab_size)), sight.lens], dim=-1)
@@ -317,7 +317,7 @@ def notes(model: GPT, split: Rows | Text, thinking: Thinking, rows: int) -> dict
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     result = {f"{what} and {name}": spearman(joined[name], joined[what]) for what in ("loss", "coming") for name in ("change", "attention", "lens", "slope")}
     result |= {f"right, {name}": auroc(joined[name], joined["right"]) for name in ("drop", "certain")}
-    result["observer apart"], result["others apart"] = far_apart(model, roll.stream)
+    result["observer apart"], result["others apart"] = far_apart(model, roll)
     look_at = sight.observer[..., 0][roll.speaks].mean().item(), sight.attention[..., -1][roll.speaks].mean().item()
     return result | {"observer entropy": look_at[0], "others entropy": look_at[1]}
 
@@ -326,8 +326,8 @@ def calibrate(config: CalibrationConfig) -> dict:
     """All of it for a model with an observer; of one without only `places`, and `blind` with nothing taken away, to stand beside it."""
     model, vocabulary, state = load_model(config.run)
     trained = Config(**state["config"])
-    if trained.done or trained.recall or trained.window:
-        raise DataError("calibrate.py knows thinking and speaking only, with everything in view: train without done, recall and window")
+    if trained.done or trained.recall:
+        raise DataError("calibrate.py knows thinking and speaking only: train without done and recall")
     train_rows, *splits = (load_split(trained.data, name, vocabulary, trained.block) for name in ("train", "val", "test") if Path(trained.data, f"{name}.bin").exists())
     thinking = dataclasses.replace(as_trained(state, vocabulary), greedy=True)
     result = {"task": state["meta"]["task"], "seed": trained.seed, "steps": state["progress"]["step"], "params": sum(p.numel() for p in model.parameters())}

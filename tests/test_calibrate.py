@@ -2,9 +2,11 @@
 
 import math
 
+import pytest
 import torch
 
-from calibrate import auroc, blinded, decided, ranks, spearman
+from calibrate import auroc, blinded, decided, ranks, signs, spearman
+from model import KVCache
 from sample import steered
 from stream import Thinking, read, rollout
 
@@ -28,6 +30,17 @@ def test_rank_correlation_sees_order_and_nothing_else():
 def rows():
     real = torch.randint(5, (20, 6), generator=torch.Generator().manual_seed(0))
     return real, torch.full((20,), 6)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_signs_are_those_of_the_columns_as_they_were_made(tiny, window):
+    model, (real, length) = tiny(observer="quarters"), rows()
+    roll = rollout(model, real, length, Thinking(window=window), torch.Generator().manual_seed(0))
+    found, _ = signs(model, roll)
+    cache = KVCache(model.config, 20, roll.stream.size(1), window)
+    for c in range(roll.stream.size(1)):
+        out = model(roll.stream[:, c : c + 1], cache=cache)
+        torch.testing.assert_close(torch.stack([found["observer"][:, c], found["gate"][:, c]]), torch.stack([out.readings[:, 0, 0], out.gate[:, 0]]))
 
 
 def test_two_rollouts_that_differ_in_one_decision(tiny):
