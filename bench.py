@@ -345,7 +345,7 @@ def main(argv: list[str]) -> None:
     else:
         found = {"growth": table("Training steps on the same real tokens, and rollouts", growth(c, device))}
         found["exponents"] = table("Power of the stream's length with which they grow", [exponents(c, found["growth"])])
-        shape = lambda c: f"{c.rows} rows of {c.length} columns, width {c.n_embd}"  # noqa: E731
+        shape = lambda c: f"rows {c.rows}, columns {c.length}, width {c.n_embd}"  # noqa: E731
         found["parts"] = table(f"Parts of a step: {shape(c)}", parts(c, device))
         found["masks"] = table("Attention alone, there and back", masks(c, device))
         small = dataclasses.replace(c, rows=1, n_embd=c.n_embd // 2)
