@@ -71,7 +71,7 @@ def moduli() -> dict:
 
 
 def addition() -> dict:
-    """Plain multi-digit addition to five digits, and the control: reversed, to three, which needs no thoughts. Two layers, one seed."""
+    """Plain multi-digit addition to five digits, and the control: reversed, to three, which needs no thoughts. Two layers; three seeds, and one."""
     forwards, backwards = ["config/addition.toml", "--data=out/data/addition_forwards"], ["--data=out/data/addition_reversed", "--steps=3000"]
     thinking = ["config/addition.toml", *backwards, "--think_cost=0.1"]
     rows = {
@@ -81,7 +81,7 @@ def addition() -> dict:
         "reversed, thinking first free, then paid": [*thinking, "--explore=0.05"],
         "reversed, thinking paid from the start": [*thinking, "--curriculum=false", "--free=0", "--gate_init=0.5", "--rollouts=2"],
     }
-    return {row: {str(i): [*options, "--seed=1"]} for i, (row, options) in enumerate(rows.items())}
+    return {row: {f"{i}_{s}": [*options, f"--seed={s}"] for s in SEEDS[: 3 if i < 2 else 1]} for i, (row, options) in enumerate(rows.items())}
 
 
 def shakespeare() -> dict:
