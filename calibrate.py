@@ -35,7 +35,7 @@ from torch import Tensor
 from data.dataset import Batch, DataError, Rows, Text, load_split
 from loss import baseline, evaluate, log_choice, policy_gradient, return_to_go, targets, token_loss, word_loss
 from model import GPT
-from observe import look
+from observe import attention_pattern, look
 from runs import Config, as_trained, load_config, load_model, run
 from sample import steered
 from stream import Rollout, Thinking, read, rollout
@@ -287,15 +287,13 @@ def far_apart(model: GPT, roll: Rollout) -> tuple[float, float]:
     Total variation, 0 to 1, between what two heads of the last block look at, mean over columns: from the observer to the head most like it, and from
     each other head to the one most like it (mean).
     """
-    caught = []
-    hook = model.blocks[-1].attention.register_forward_hook(lambda attention, given, _: caught.append(attention.heads(*given[:4])))
+    patterns = []
+    hook = model.blocks[-1].attention.register_forward_hook(lambda attention, given, _: patterns.append(attention_pattern(attention, *given[:5])))
     with torch.no_grad():
         read(model, roll)
     hook.remove()
-    q, k, _ = caught[0]  # (B, nh + 1, C, hs)
-    view = roll.view() if roll.window else torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril()
-    pattern = (q @ k.transpose(-1, -2) / q.size(-1) ** 0.5).masked_fill(~view, -torch.inf).softmax(dim=-1)  # (B, nh + 1, C, C)
-    distance = torch.stack([(pattern - pattern[:, h : h + 1]).abs().sum(-1).mean((0, 2)) / 2 for h in range(q.size(1))])  # (nh + 1, nh + 1)
+    pattern = patterns[0]  # (B, nh + 1, C, C)
+    distance = torch.stack([(pattern - pattern[:, h : h + 1]).abs().sum(-1).mean((0, 2)) / 2 for h in range(pattern.size(1))])  # (nh + 1, nh + 1)
     distance.fill_diagonal_(torch.inf)
     return distance[-1].min().item(), distance[:-1, :-1].min(dim=1).values.mean().item()
 

@@ -67,13 +67,13 @@ class Sight(NamedTuple):
     p: Tensor  # (B, C, L, TOP) their probabilities
 
 
-def attention_entropy(attention, x: Tensor, below: list, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-    """What went into an attention -> (B, nh, C), nats, of what each column looked at. The pattern is worked out again: the fast path never holds it."""
+def attention_pattern(attention, x: Tensor, below: list, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    """What went into an attention -> (B, nh, C, C), what each column looked at, worked out again: the fast path never holds it."""
     q, k, _ = attention.heads(x, below, cos, sin)  # (B, nh, C, hs)
     score = q @ k.transpose(-1, -2) / q.size(-1) ** 0.5  # (B, nh, C, C)
     if mask is None:
         mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
-    return torch.special.entr(score.masked_fill(~mask, -torch.inf).softmax(dim=-1)).sum(dim=-1)
+    return score.masked_fill(~mask, -torch.inf).softmax(dim=-1)
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def look(model: GPT, stream: Tensor, mask: Tensor | None = None, position: Tenso
             hook.remove()
     below = caught[0][2]  # one list for all blocks, and the pass adds to it as it goes: by now the outputs of the embedding and all L layers
     before, after = torch.stack(below[:-1], dim=2), torch.stack(below[1:], dim=2)  # (B, C, L, n_embd)
-    entropy = [attention_entropy(*what) for what in caught]  # (B, nh, C), one head more in the last
+    entropy = [torch.special.entr(attention_pattern(*what)).sum(dim=-1) for what in caught]  # (B, nh, C), one head more in the last
     heads = model.config.n_head
     lens, words, p = [], [], []
     for x in below[1:]:

@@ -156,7 +156,7 @@ def rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, genera
     real, none = F.pad(real, (0, 1)), torch.zeros(B, dtype=torch.bool, device=device)  # (B, T + 1): a row that is done still has something to point at
 
     def step(token, pointer, run, opens, stored):
-        """One column of all rows: of its token, the next real one, thoughts since the last, whether it is a RECALL, columns in the cache; the same of the next column."""
+        """A column's token, the next real one, thoughts since the last, whether it is a RECALL, columns in the cache -> the same of the next, and what to record."""
         cache.length = stored
         out = model.think(token[:, None], cache.view(opens), cache)
         valid = pointer < length
@@ -171,14 +171,16 @@ def rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, genera
         told = torch.stack([token, pointer, decides, thinks, recalls, valid])
         token = torch.where(thinks, V + thought, torch.where(recalls, V + K, real[rows, pointer]))
         pointer = torch.where(thinks | recalls | ~valid, pointer, pointer + 1)
-        return token, pointer, torch.where(thinks, run + 1, 0), recalls, cache.length - opens.long() if recall else cache.length, told
+        run = torch.where(thinks, run + 1, 0)
+        stored = cache.length - opens.long() if recall else cache.length  # a RECALL leaves no trace
+        return token, pointer, run, recalls, stored, told
 
     state, record = (real[:, 0], torch.ones_like(rows), torch.zeros_like(rows), none, cache.length), []
     step = as_graph(step, state) if graph else step
     for column in range(columns):
         *state, told = step(*state)
         record.append(told)
-        if column % 8 == 7 and (state[1] >= length).all():
+        if column % 8 == 7 and (state[1] >= length).all():  # the pointer
             break
     told = torch.stack(record, dim=2)  # (6, B, C)
     told = told[:, :, : max(1, int(told[5].any(dim=0).sum()))]

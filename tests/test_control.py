@@ -118,7 +118,7 @@ def test_where_all_words_are_given_both_loops_walk_the_same_way(tiny):
                 assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("record", [lambda step, state: step, lambda step, state: make_fx(step)(*(x.clone() for x in state))], ids=["called", "recorded"])
+@pytest.mark.parametrize("record", [stream.as_graph, lambda step, state: make_fx(step)(*(x.clone() for x in state))], ids=["called", "recorded"])
 def test_a_column_that_sees_its_whole_buffer_is_the_same_column_and_can_be_recorded(tiny, monkeypatch, record):
     """What a CUDA graph needs: the same shapes at every column, and nothing that Python would have to look at. Its stand-in here replays the recorded operations."""
     monkeypatch.setattr(stream, "as_graph", record)
