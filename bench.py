@@ -2,7 +2,7 @@
 What a training step, a rollout and a sample cost, beside their peers: a Markdown table, and one line of JSON.
 
   python bench.py                    two to three minutes on one thread of a CPU
-  python bench.py --run=out/chain    the two rollouts of a trained model, on its own data: how many passes the parallel one needs
+  python bench.py --run=out/chain    the rollouts of a trained model, on its own data: how many passes the parallel one needs
 
 Everything is synthetic but for --run: rows of random words with a thought behind each (the dearest stream there is, half of its columns are thoughts), and
 an untrained model. Jobs that are compared run in turn in one process, so that what disturbs one disturbs the others; medians of `repeats` turns, the lowest and
@@ -27,7 +27,7 @@ from data.dataset import Batch, load_split
 from loss import hybrid_loss
 from model import GPT, GPTConfig
 from runs import Config, as_trained, load_config, load_model, pick_device, run
-from stream import Thinking, draw, parallel_rollout, rollout, speak
+from stream import Thinking, draw, parallel_rollout, rollout, rollout_by_words, speak
 from train import find_rollout
 
 
@@ -108,6 +108,15 @@ def make_batch(c: BenchConfig, device: str) -> Batch:
     T = c.length // 2 + 1
     length = torch.full((c.rows,), T)
     return Batch.plain(torch.randint(c.words, (c.rows, T), generator=torch.Generator().manual_seed(0)), length, length - 1, torch.ones_like(length)).to(device)
+
+
+WAYS = ("by columns", "by words", "in parallel")  # to make one and the same rollout
+
+
+def three_rollouts(model: GPT, batch: Batch, thinking: Thinking, noise, passes: list) -> dict:
+    """-> jobs; passes: gets those of the parallel one through the model."""
+    rows = model, batch.real, batch.length, thinking, noise
+    return dict(zip(WAYS, (lambda: rollout(*rows), lambda: rollout_by_words(*rows), lambda: passes.append(parallel_rollout(*rows)[1]))))
 
 
 def training_step(c: BenchConfig, device: str, n_think: int, forget: float = 0.0):
@@ -237,19 +246,15 @@ def growth(c: BenchConfig, device: str):
     for s in shapes + [dataclasses.replace(c, rows=n) for n in (max(1, c.rows // 4), 4 * c.rows)]:
         model, batch, noise, passes = make(s, device, s.thoughts), make_batch(s, device), torch.Generator(device).manual_seed(0), []
         plain, hybrid = (training_step(s, device, n_think) for n_think in (0, s.thoughts))
-        jobs = {
-            "plain": plain,
-            "hybrid": hybrid,
-            "sequential": lambda: rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
-            "parallel": lambda: passes.append(parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise)[1]),
-        }
+        jobs = {"plain": plain, "hybrid": hybrid} | three_rollouts(model, batch, Thinking(hold=1.0), noise, passes)
         took = alternately({name: timed(job, device) for name, job in jobs.items()}, c.repeats)
         memory = {f"{kind} step, MB": bytes / 1e6 for kind in ("plain", "hybrid") if (bytes := peak_memory(s, device, kind)) is not None}
         yield (
             {"rows": s.rows, "columns": s.length, "width": s.n_embd, "plain step, ms": spread(took["plain"], 1e3), "hybrid step, ms": spread(took["hybrid"], 1e3)}
             | {"hybrid / plain": ratio(took["hybrid"], took["plain"])}
-            | {f"{way}, columns/s": float(s.rows * s.length / np.median(took[way])) for way in ("sequential", "parallel")}
-            | {"sequential / parallel": ratio(took["sequential"], took["parallel"]), "passes per column": float(np.median(passes) / s.length)}
+            | {f"{way}, columns/s": float(s.rows * s.length / np.median(took[way])) for way in WAYS}
+            | {f"by columns / {way}": ratio(took["by columns"], took[way]) for way in WAYS[1:]}
+            | {"passes per column": float(np.median(passes) / s.length)}
             | memory
         )
 
@@ -259,7 +264,7 @@ def exponents(c: BenchConfig, rows: list[dict]) -> dict:
     rows = rows[: len(c.lengths.split(","))]
     lengths = [row["columns"] for row in rows]
     series = {name: [value[1] if isinstance(value := row[name], list) else value for row in rows] for name in rows[0] if name.endswith((", ms", ", MB"))}
-    series |= {f"{way} rollout": [row["columns"] / row[f"{way}, columns/s"] for row in rows] for way in ("sequential", "parallel")}
+    series |= {f"{way} rollout": [row["columns"] / row[f"{way}, columns/s"] for row in rows] for way in WAYS}
     return {name: exponent(lengths, values) for name, values in series.items()}
 
 
@@ -300,6 +305,7 @@ def peers(c: BenchConfig, device: str):
     jobs = {
         "rollout": lambda: rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
         **on_gpu,
+        "rollout by words": lambda: rollout_by_words(model, batch.real, batch.length, Thinking(hold=1.0), noise),
         "rollout in parallel": lambda: parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
         "rollout without a cache": lambda: without_cache(model, batch.real, c.length, noise),
         "sampling": lambda: speak(model, start, given, length, Thinking("never"), noise),
@@ -308,14 +314,14 @@ def peers(c: BenchConfig, device: str):
     found = alternately({name: timed(job, device) for name, job in jobs.items() if job}, c.repeats)
     for name in jobs:
         if name in found:
-            times = {f"time / {ours}": ratio(found[name], found[ours]) for ours in ("sampling", "rollout", "rollout in parallel")}
+            times = {f"time / {ours}": ratio(found[name], found[ours]) for ours in ("sampling", "rollout", "rollout by words", "rollout in parallel")}
             yield {"": name, "columns/s": float(c.rows * c.length / np.median(found[name]))} | times
         else:
             yield {"": name, "columns/s": "transformers is not installed"}
 
 
 def trained(c: BenchConfig, device: str):
-    """The two rollouts of a trained model, free and paid, on rows of its own data."""
+    """The rollouts of a trained model, free and paid, on rows of its own data."""
     model, vocabulary, state = load_model(c.run, device)
     config = Config(**state["config"])
     split = load_split(config.data, "val", vocabulary, config.block)
@@ -323,13 +329,10 @@ def trained(c: BenchConfig, device: str):
     for name, hold in (("free", config.hold), ("paid", None)):
         noise, thinking, passes = torch.Generator(device).manual_seed(0), dataclasses.replace(as_trained(state, vocabulary), hold=hold), []
         columns = rollout(model, batch.real, batch.length, thinking, noise).stream.size(1)
-        jobs = {
-            "sequential": lambda: rollout(model, batch.real, batch.length, thinking, noise),
-            "parallel": lambda: passes.append(parallel_rollout(model, batch.real, batch.length, thinking, noise)[1]),
-        }
+        jobs = three_rollouts(model, batch, thinking, noise, passes)
         found = alternately({way: timed(job, device) for way, job in jobs.items()}, c.repeats)
         row = {"phase": name, "rows": c.rows, "columns": columns} | {f"{way}, ms": spread(found[way], 1e3) for way in jobs}
-        yield row | {"sequential / parallel": ratio(found["sequential"], found["parallel"]), "passes per column": float(np.median(passes) / columns)}
+        yield row | {f"by columns / {way}": ratio(found["by columns"], found[way]) for way in WAYS[1:]} | {"passes per column": float(np.median(passes) / columns)}
 
 
 def main(argv: list[str]) -> None:
@@ -341,7 +344,7 @@ def main(argv: list[str]) -> None:
     model = "" if c.run else f", {c.n_layer} layers, {c.words} words, {c.thoughts} thoughts"
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads{model}; medians of {c.repeats} turns")
     if c.run:
-        found = {"trained": table(f"The two rollouts of {c.run}", trained(c, device))}
+        found = {"trained": table(f"The rollouts of {c.run}", trained(c, device))}
     else:
         found = {"growth": table("Training steps on the same real tokens, and rollouts", growth(c, device))}
         found["exponents"] = table("Power of the stream's length with which they grow", [exponents(c, found["growth"])])

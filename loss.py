@@ -256,7 +256,7 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         forget = config.forget_paid if paid else config.forget
         cut = draw_cuts(roll, batch.prompt, forget, config.cut_last, config.cut_every, generator)
         again = not forget and not config.dropout and not config.compile  # what pass 2 would say was said in pass 1 already
-        kept = full if again else read(model, roll, cut, x)
+        kept = full if again else read(model, roll, cut, x, full)
         loss_kept = word_loss(kept.words, roll)
         mean_kept = weighted(loss_kept, roll, answer, config.prompt_weight, config.charge_thinking)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()

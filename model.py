@@ -119,17 +119,17 @@ class KVCache:
         return ((age <= length) & (near if opens is None else near | opens[:, None]))[:, None, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, nh, C, hs) of new columns; return those of all columns in use."""
-        (_, nh, C, _), start, seen = k.shape, self.length % self.size, self.seen(k.size(2))
+        """Store k, v (B, nh, C, hs) of new columns, of the first B rows; return those of all columns in use."""
+        (B, nh, C, _), start, seen = k.shape, self.length % self.size, self.seen(k.size(2))
         if C > 1 and (self.window or torch.is_tensor(start)):
             raise ValueError("a cache with a window, or with rows of their own lengths, takes one column at a time")
         if not torch.is_tensor(start):
             if self.length + C > self.size and not self.window:
                 raise ValueError(f"the cache holds {self.size} columns, {self.length + C} were asked for")
-            self.keys[layer, :, :nh, start : start + C], self.values[layer, :, :nh, start : start + C] = k, v
+            self.keys[layer, :B, :nh, start : start + C], self.values[layer, :B, :nh, start : start + C] = k, v
         else:
             self.keys[layer, self.rows, :nh, start], self.values[layer, self.rows, :nh, start] = k[:, :, 0].to(self.keys), v[:, :, 0].to(self.values)
-        return self.keys[layer, :, :nh, :seen], self.values[layer, :, :nh, :seen]
+        return self.keys[layer, :B, :nh, :seen], self.values[layer, :B, :nh, :seen]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -250,8 +250,8 @@ class GPT(nn.Module):
         if not x.is_floating_point():
             x = self.embedding(x)  # (B, C) -> (B, C, n_embd)
         start = cache.length if cache is not None else 0
-        if not torch.is_tensor(start) and start and x.size(1) > 1:
-            raise ValueError("a cache that holds columns takes one column at a time")
+        if not torch.is_tensor(start) and start and x.size(1) > 1 and mask is None:
+            raise ValueError("a cache that holds columns takes one column at a time, or several under a mask")
         if position is None:
             position = torch.as_tensor(start, device=x.device).view(-1, 1) + torch.arange(x.size(1), device=x.device)  # (B or 1, C)
         if self.position is not None:
@@ -281,9 +281,9 @@ class GPT(nn.Module):
         go_on = thoughts.detach().logsumexp(dim=-1) - logits[..., 1] if config.done else gate
         return gate, go_on, logits[..., -1] if config.recall else never
 
-    def think(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Output:
+    def think(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, position: Tensor | None = None) -> Output:
         """`forward` for who needs no words and no readings."""
-        x, sensed = self.trunk(x, mask, cache)
+        x, sensed = self.trunk(x, mask, cache, position)
         V = self.config.vocab_size
         thoughts = F.linear(x, self.head.weight[V:], self.head.bias[V:])
         return Output(x[..., :0], thoughts, *self.control(x, sensed, thoughts), x[..., :0])

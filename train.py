@@ -29,7 +29,7 @@ from runs import (
     RANK, WORLD, Config, add_up_gradients, autocast, begin_with, how_to_think, join, leave, load_checkpoint, load_config, load_weights, model_config, pick_device,
     run, save_checkpoint, total,
 )  # fmt: skip
-from stream import Noise, Rollout, Thinking, draw_noise, load_dice, parallel_rollout, rollout
+from stream import Noise, Rollout, Thinking, draw_noise, load_dice, parallel_rollout, rollout, rollout_by_words
 
 # ----------------------------------------------------------------------------------------------
 # splitting an overused thought
@@ -75,6 +75,8 @@ def find_rollout(model: GPT, batch: Batch, config: Config, device: str, thinking
     """The one rollout there is for this noise, in the way that costs less -> the rollout, passes through the model."""
     if rolls_in_parallel(config, device, len(batch.real)):
         return parallel_rollout(model, batch.real, batch.length, thinking, generator, noise)
+    if not config.recall and not (config.compile and device == "cuda"):
+        return rollout_by_words(model, batch.real, batch.length, thinking, generator, noise)
     graph = config.compile and not config.n_positions  # whose end is looked for at every column, and a graph cannot look
     roll = rollout(model, batch.real, batch.length, thinking, generator, noise, graph)
     return roll, roll.stream.size(1) * (model.gate is not None)

@@ -1,4 +1,4 @@
-"""The fast ways give what the slow ones give: the parallel rollout, and the choice between the two. Nothing here is timed."""
+"""The fast ways give what the slow ones give: rollouts by words and in parallel, packed passes, and the choice between them. Nothing here is timed."""
 
 import json
 
@@ -8,9 +8,9 @@ from test_train import same, small
 
 import bench
 from data.dataset import Batch, DataError
-from loss import hybrid_loss
+from loss import draw_cuts, hybrid_loss, word_loss
 from runs import Config
-from stream import Thinking, parallel_rollout, rollout
+from stream import Packing, Thinking, parallel_rollout, read, rollout, rollout_by_words
 from train import Trainer, rolls_in_parallel
 
 
@@ -45,6 +45,31 @@ def test_the_parallel_rollout_is_the_sequential_one(tiny, seed):
         for name, a, b in zip(slow._fields, slow[:-1], fast):
             assert torch.equal(a, b), f"{name} differs in case {case}: {thinking}"
         assert passes <= slow.stream.size(1) + 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_rollout_by_words_is_the_one_by_columns(tiny, seed):
+    """240 cases as above, some through a window, some with learned positions."""
+    draw = seeded(100 + seed)
+    pick = lambda options: options[int(torch.randint(len(options), (1,), generator=draw))]  # noqa: E731
+    model = tiny(seed, observer=pick(["", "quarters"]), n_layer=pick([1, 2]), n_positions=pick([0, 60]), done=pick([False, True])).double()
+    for case in range(12):
+        B, T, runs = pick([1, 2, 7]), pick([1, 2, 9, 14]), pick([1, 1, 2, 3])
+        real, length = torch.randint(5, (B, T), generator=draw), torch.randint(1, T + 1, (B,), generator=draw)
+        thinking = Thinking(
+            mode=pick(["policy", "policy", "policy", "random", "constant", "never"]),
+            hold=pick([None, None, 0.0, 0.4, 1.0]),
+            explore=pick([0.0, 0.1]),
+            greedy=pick([False, False, True]),
+            max_run=runs,
+            after=pick([None, torch.rand(5, generator=draw) < 0.6]),
+            window=pick([0, 0, 1, 2, 5]),
+        )
+        slow = rollout(model, real, length, thinking, seeded(case))
+        fast, passes = rollout_by_words(model, real, length, thinking, seeded(case))
+        for name, a, b in zip(slow._fields, slow[:-1], fast):
+            assert torch.equal(a, b), f"{name} differs in case {case}: {thinking}"
+        assert slow.window == fast.window and passes <= runs * (int(length.max()) - 1)
 
 
 def test_it_settles_in_two_passes_if_thoughts_hang_on_nothing_and_one_by_one_if_each_hangs_on_the_last(tiny):
@@ -89,6 +114,35 @@ def test_auto_is_parallel_on_an_accelerator_and_for_few_rows(chains, tmp_path):
     assert not rolls_in_parallel(config, "cuda", 512)
     config.rollout, config.dropout = "sequential", 0.0
     assert not rolls_in_parallel(config, "cuda", 512)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_what_is_packed_says_what_it_says_in_its_stream(tiny, seed):
+    """The slow twin computes every column of every row, those behind its end and before its cut, too. Values, and gradients of what is said behind the cuts."""
+    draw = seeded(seed)
+    model = tiny(seed, observer=("", "quarters")[seed % 2], recall=seed % 3 == 0, n_positions=(0, 60)[seed % 4 == 1]).double()
+    real, length = torch.randint(5, (7, 12), generator=draw), torch.tensor([12, 2, 7, 3, 1, 12, 5])
+    roll = rollout(model, real, length, Thinking(max_run=2, window=(0, 4)[seed % 2]), draw)
+    cut = draw_cuts(roll, length, 0.8, 0.3, every=(0, 4)[seed % 2], generator=draw)
+    behind = roll.valid & ((cut.cumsum(dim=1) > 0) | ~cut.any(dim=1, keepdim=True))
+    x = model.embedding(roll.stream).detach().requires_grad_()
+    position = roll.position if model.config.recall else None
+    known, twin = model(x, roll.view(), position=position), model(x, roll.view(cut), position=position)
+    packed = read(model, roll, cut, x, known)
+    where = roll.valid if model.config.recall else behind
+    for part, slow, before in zip(packed, twin, known):
+        torch.testing.assert_close(part[roll.valid], slow[roll.valid])
+        assert torch.equal(part[roll.valid & ~where], before[roll.valid & ~where]), "before the cut nothing is computed"
+    said = lambda out: word_loss(out.words, roll)[behind].sum()  # noqa: E731
+    torch.testing.assert_close(*(torch.autograd.grad(said(out), x, retain_graph=True)[0] for out in (packed, twin)))
+
+
+def test_packing_wastes_little_and_loses_nothing():
+    used = torch.arange(8) < torch.tensor([8, 1, 7, 2, 5, 3, 0])[:, None]
+    packing = Packing(used)
+    assert (packing.rows, packing.width) == (4, 8), "8; 7 and 1; 5, 2; 3: the shortest beside the longest"
+    x = torch.arange(56).view(7, 8)
+    assert torch.equal(packing.unpack(packing.pack(x), -1), torch.where(used, x, -1))
 
 
 @pytest.mark.parametrize("thought_grad", ["echo", "reinforce"])
