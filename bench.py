@@ -2,7 +2,7 @@
 What a training step, a rollout and a sample cost, beside their peers: a Markdown table, and one line of JSON.
 
   python bench.py                    two to three minutes on one thread of a CPU
-  python bench.py --run=out/chain    the rollouts of a trained model, on its own data: how many passes the parallel one needs
+  python bench.py --run=out/chain    the same of a trained model, on its own data
 
 Everything is synthetic but for --run: rows of random words with a thought behind each (the dearest stream there is, half of its columns are thoughts), and
 an untrained model. Jobs that are compared run in turn in one process, so that what disturbs one disturbs the others; medians of `repeats` turns, the lowest and
@@ -26,7 +26,7 @@ import torch
 from data.dataset import Batch, load_split
 from loss import hybrid_loss
 from model import GPT, GPTConfig
-from runs import Config, as_trained, load_config, load_model, pick_device, run
+from runs import Config, as_trained, how_to_think, load_config, load_model, model_config, pick_device, run
 from stream import Thinking, draw, parallel_rollout, rollout, rollout_by_words, speak
 from train import find_rollout
 
@@ -119,17 +119,15 @@ def three_rollouts(model: GPT, batch: Batch, thinking: Thinking, noise, passes: 
     return dict(zip(WAYS, (lambda: rollout(*rows), lambda: rollout_by_words(*rows), lambda: passes.append(parallel_rollout(*rows)[1]))))
 
 
-def training_step(c: BenchConfig, device: str, n_think: int, forget: float = 0.0):
-    """-> what does one whole step, free phase or plain, as train.py's, and returns seconds by part."""
-    model, batch = make(c, device, n_think), make_batch(c, device)
-    config = Config(n_think=n_think, forget=forget, prompt_weight=1.0, imitate=0.1 if forget else 0.0, rollouts=1)
+def step_of(model: GPT, batch: Batch, config: Config, thinking: Thinking, paid: bool, device: str):
+    """-> what does one whole step as train.py's, and returns seconds by part."""
     optimiser, noise = model.optimiser(1e-3, 1e-3, 0.1, (0.9, 0.99)), torch.Generator(device).manual_seed(0)
 
     def step() -> dict[str, float]:
         clock = Clock(device)
-        roll, _ = find_rollout(model, batch, config, device, Thinking(hold=1.0), noise)
+        roll, _ = find_rollout(model, batch, config, device, thinking, noise)
         clock.tick("rollout")
-        loss, _ = hybrid_loss(Watched(model, clock), roll, batch, config, False, noise)
+        loss, _ = hybrid_loss(Watched(model, clock), roll, batch, config, paid, noise)
         clock.tick("losses")
         optimiser.zero_grad()
         loss.backward()
@@ -140,6 +138,12 @@ def training_step(c: BenchConfig, device: str, n_think: int, forget: float = 0.0
         return clock.parts
 
     return step
+
+
+def training_step(c: BenchConfig, device: str, n_think: int, forget: float = 0.0):
+    """A step of random rows, free phase or plain; see `step_of`."""
+    config = Config(n_think=n_think, forget=forget, prompt_weight=1.0, imitate=0.1 if forget else 0.0, rollouts=1)
+    return step_of(make(c, device, n_think), make_batch(c, device), config, Thinking(hold=1.0), False, device)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -268,14 +272,33 @@ def exponents(c: BenchConfig, rows: list[dict]) -> dict:
     return {name: exponent(lengths, values) for name, values in series.items()}
 
 
-def parts(c: BenchConfig, device: str):
-    """Where the time of a step goes; the parts add up."""
-    steps = {"plain": training_step(c, device, 0), "hybrid": training_step(c, device, c.thoughts), "hybrid, forgetting": training_step(c, device, c.thoughts, 0.8)}
-    found = alternately(steps, c.repeats)
+def parts(steps: dict, repeats: int):
+    """Where the time of each step goes, the first of them plain; the parts add up."""
+    found = alternately(steps, repeats)
     whole = {name: [sum(turn.values()) for turn in turns] for name, turns in found.items()}
     for name, turns in found.items():
         by_part = {f"{part}, ms": spread([turn[part] for turn in turns], 1e3) for part in ("rollout", "passes", "losses", "optimiser")}
         yield {"step": name} | by_part | {"together, ms": spread(whole[name], 1e3), "/ plain": ratio(whole[name], whole["plain"])}
+
+
+def random_steps(c: BenchConfig, device: str) -> dict:
+    return {"plain": training_step(c, device, 0), "hybrid": training_step(c, device, c.thoughts), "hybrid, forgetting": training_step(c, device, c.thoughts, 0.8)}
+
+
+def trained_steps(c: BenchConfig, device: str) -> dict:
+    """Steps of a trained model, should it train on, and of an untrained plain one of its shape, on the same rows of its data, of all lengths."""
+    model, vocabulary, state = load_model(c.run, device)
+    config, silent = Config(**state["config"]), {"n_think": 0, "observer": "", "done": False, "recall": False, "revise": False}
+    split = load_split(config.data, "train", vocabulary, config.block, config.demonstrate)
+    rows = max(1, config.batch_tokens // split.longest(split.levels[-1]) // config.rollouts)
+    batch = split.draw(rows, split.levels, torch.Generator().manual_seed(0)).to(device).repeat(config.rollouts)
+    plain = dataclasses.replace(config, **silent)
+    free, paid = (how_to_think(config, vocabulary, paid) for paid in (False, True))
+    return {
+        "plain": step_of(GPT(model_config(len(vocabulary.tokens), plain)).to(device), batch, plain, free, False, device),
+        "hybrid, free": step_of(model, batch, config, free, False, device),
+        "hybrid, paid": step_of(model, batch, config, paid, True, device),
+    }
 
 
 def masks(c: BenchConfig, device: str):
@@ -345,11 +368,12 @@ def main(argv: list[str]) -> None:
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads{model}; medians of {c.repeats} turns")
     if c.run:
         found = {"trained": table(f"The rollouts of {c.run}", trained(c, device))}
+        found["parts"] = table("Parts of its step", parts(trained_steps(c, device), c.repeats))
     else:
         found = {"growth": table("Training steps on the same real tokens, and rollouts", growth(c, device))}
         found["exponents"] = table("Power of the stream's length with which they grow", [exponents(c, found["growth"])])
         shape = lambda c: f"rows {c.rows}, columns {c.length}, width {c.n_embd}"  # noqa: E731
-        found["parts"] = table(f"Parts of a step: {shape(c)}", parts(c, device))
+        found["parts"] = table(f"Parts of a step: {shape(c)}", parts(random_steps(c, device), c.repeats))
         found["masks"] = table("Attention alone, there and back", masks(c, device))
         small = dataclasses.replace(c, rows=1, n_embd=c.n_embd // 2)
         found["peers"], found["peers, small"] = (table(f"Peers: {shape(s)}", peers(s, device)) for s in (c, small))
