@@ -98,7 +98,7 @@ class Config:
     observer_weight: float = 1.0  # weight of the observer's error in what it reads off
     corrupt: float = 0.1  # with REVISE: share of the answer's tokens that are tried with a wrong word in their place, to be taken back
     rollouts: int = 4  # rollouts of each row in the paid phase, each the baseline of the others
-    rollout: str = "auto"  # sequential | parallel, one and the same rollout found in two ways | auto: parallel on a GPU, or where rows are few
+    rollout: str = "auto"  # sequential | parallel, one and the same rollout found in two ways | auto: parallel on a GPU, or where words are few
     # habits
     eval_every: int = 100
     eval_rows: int = 200  # validation rows a level

@@ -62,18 +62,18 @@ def split_thought(model: GPT, optimiser: torch.optim.Optimizer, usage: Tensor, g
 # the loop
 
 
-def rolls_in_parallel(config: Config, device: str, rows: int) -> bool:
+def rolls_in_parallel(config: Config, device: str, rows: int, words: int) -> bool:
     """
-    Sequential, a column costs what it costs to call the network, and its rows' share; parallel, there are few calls, but a column is computed again in
-    every pass. On a CPU the calls are dear for few rows only (bench.py shows where), on a GPU for all. Dropout allows no second pass.
+    Word by word, a step costs what it costs to call the network, and its rows' share; parallel, there are few calls, but a column is computed again in
+    every pass. On a CPU the calls are dear for few rows of few words only (bench.py shows where), on a GPU for all. Dropout allows no second pass.
     """
     possible = not (config.dropout or config.window or config.recall)
-    return config.rollout == "parallel" or config.rollout == "auto" and possible and (device != "cpu" or rows <= 16)
+    return config.rollout == "parallel" or config.rollout == "auto" and possible and (device != "cpu" or rows <= 16 and rows * words <= 800)
 
 
 def find_rollout(model: GPT, batch: Batch, config: Config, device: str, thinking: Thinking, generator=None, noise: Noise | None = None) -> tuple[Rollout, int]:
     """The one rollout there is for this noise, in the way that costs less -> the rollout, passes through the model."""
-    if rolls_in_parallel(config, device, len(batch.real)):
+    if rolls_in_parallel(config, device, *batch.real.shape):
         return parallel_rollout(model, batch.real, batch.length, thinking, generator, noise)
     if not config.recall and not (config.compile and device == "cuda"):
         return rollout_by_words(model, batch.real, batch.length, thinking, generator, noise)

@@ -107,13 +107,14 @@ def test_training_is_the_same_whichever_way_the_streams_are_found(chains, tmp_pa
     assert all(0 <= log["passes_per_column"] <= 1.1 for log in logs)
 
 
-def test_auto_is_parallel_on_an_accelerator_and_for_few_rows(chains, tmp_path):
+def test_auto_is_parallel_on_an_accelerator_and_for_few_words(chains, tmp_path):
     config = small(chains, tmp_path)
-    assert rolls_in_parallel(config, "cuda", 512) and rolls_in_parallel(config, "cpu", 12) and not rolls_in_parallel(config, "cpu", 128)
+    parallel = lambda device, rows, words: rolls_in_parallel(config, device, rows, words)  # noqa: E731
+    assert parallel("cuda", 512, 64) and parallel("cpu", 12, 64) and not parallel("cpu", 128, 9) and not parallel("cpu", 4, 512)
     config.dropout = 0.1
-    assert not rolls_in_parallel(config, "cuda", 512)
+    assert not parallel("cuda", 512, 64)
     config.rollout, config.dropout = "sequential", 0.0
-    assert not rolls_in_parallel(config, "cuda", 512)
+    assert not parallel("cuda", 512, 64)
 
 
 @pytest.mark.parametrize("seed", range(24))
