@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from data.dataset import Batch, load_split
+from fast import parallel_rollout, rollout_by_words
 from loss import hybrid_loss
 from model import GPT, GPTConfig
 from runs import Config, as_trained, how_to_think, load_config, load_model, model_config, pick_device, run
-from stream import Thinking, draw, parallel_rollout, rollout, rollout_by_words, speak
+from stream import Thinking, draw, rollout, speak
 from train import find_rollout
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import Batch
+from fast import read_packed
 from model import GPT, Output
 from runs import RANK, WORLD, Config, mean, total
 from stream import Rollout, Thinking, read, speak
@@ -229,7 +230,7 @@ def with_wrong_words(roll: Rollout, wrong: Tensor) -> tuple[Tensor, Tensor, Tens
 def first_pass(model: GPT, here: Tensor, roll: Rollout, batch: Batch, config: Config) -> tuple[Output, Tensor]:
     """Pass 1 over the embedded streams (B, C, n_embd), and with REVISE over wrong words beside them -> output of the streams, loss of not taking those back."""
     if not config.revise:
-        return read(model, roll, x=here), here.new_zeros(())
+        return read_packed(model, roll, x=here), here.new_zeros(())
     C, V = roll.stream.size(1), model.config.vocab_size
     word, there, position, mask = with_wrong_words(roll, batch.wrong)
     out = model(torch.cat([here, model.embedding(word)], dim=1), mask, position=position)
@@ -256,7 +257,7 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         forget = config.forget_paid if paid else config.forget
         cut = draw_cuts(roll, batch.prompt, forget, config.cut_last, config.cut_every, generator)
         again = not forget and not config.dropout and not config.compile  # what pass 2 would say was said in pass 1 already
-        kept = full if again else read(model, roll, cut, x, full)
+        kept = full if again else read_packed(model, roll, cut, x, full)
         loss_kept = word_loss(kept.words, roll)
         mean_kept = weighted(loss_kept, roll, answer, config.prompt_weight, config.charge_thinking)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()

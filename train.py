@@ -7,7 +7,7 @@ Train a GPT to think silently, from scratch: rollout, two parallel passes, hybri
   torchrun --nproc_per_node=2 train.py config/chain.toml   in two processes, as one would with twice the batch
 
 Writes to `out`: checkpoint.pt, metrics.jsonl, config.json and, at the end, report.json and report.png (report.py).
-Not here: any task (tasks come from data/), the network (model.py), the rollout (stream.py), the loss (loss.py), config and checkpoints (runs.py).
+Not here: any task (tasks come from data/), the network (model.py), the rollout (stream.py, fast.py), the loss (loss.py), config and checkpoints (runs.py).
 """
 
 import dataclasses
@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from data.dataset import Batch, DataError, load_meta, load_split, load_vocabulary
+from fast import parallel_rollout, rollout_by_words
 from loss import evaluate, hybrid_loss, token_loss, wrong_words
 from model import GPT
 from runs import (
     RANK, WORLD, Config, add_up_gradients, autocast, begin_with, how_to_think, join, leave, load_checkpoint, load_config, load_weights, model_config, pick_device,
     run, save_checkpoint, total,
 )  # fmt: skip
-from stream import Noise, Rollout, Thinking, draw_noise, load_dice, parallel_rollout, rollout, rollout_by_words
+from stream import Noise, Rollout, Thinking, draw_noise, load_dice, rollout
 
 # ----------------------------------------------------------------------------------------------
 # splitting an overused thought

@@ -8,9 +8,10 @@ from test_train import same, small
 
 import bench
 from data.dataset import Batch, DataError
+from fast import Packing, parallel_rollout, read_packed, rollout_by_words
 from loss import draw_cuts, hybrid_loss, word_loss
 from runs import Config
-from stream import Packing, Thinking, parallel_rollout, read, rollout, rollout_by_words
+from stream import Thinking, read, rollout
 from train import Trainer, rolls_in_parallel
 
 
@@ -129,13 +130,28 @@ def test_what_is_packed_says_what_it_says_in_its_stream(tiny, seed):
     x = model.embedding(roll.stream).detach().requires_grad_()
     position = roll.position if model.config.recall else None
     known, twin = model(x, roll.view(), position=position), model(x, roll.view(cut), position=position)
-    packed = read(model, roll, cut, x, known)
+    packed = read_packed(model, roll, cut, x, known)
     where = roll.valid if model.config.recall else behind
     for part, slow, before in zip(packed, twin, known):
         torch.testing.assert_close(part[roll.valid], slow[roll.valid])
         assert torch.equal(part[roll.valid & ~where], before[roll.valid & ~where]), "before the cut nothing is computed"
     said = lambda out: word_loss(out.words, roll)[behind].sum()  # noqa: E731
     torch.testing.assert_close(*(torch.autograd.grad(said(out), x, retain_graph=True)[0] for out in (packed, twin)))
+
+
+@pytest.mark.parametrize("paid", [False, True])
+def test_the_loss_and_its_gradients_are_those_of_passes_that_leave_nothing_out(tiny, monkeypatch, paid):
+    """But for the echo from a prompt's own words before its cut, which here weigh nothing."""
+    real, length = torch.randint(5, (8, 9), generator=seeded(0)).repeat_interleave(4, 0), torch.tensor([9, 3, 5, 9, 2, 4, 9, 7]).repeat_interleave(4)
+    batch, found = Batch.plain(real, length, length - 1, torch.ones_like(length)), []
+    config = Config(n_think=3, observer="quarters", prompt_weight=0.0, forget_paid=0.5)
+    for way in (read_packed, lambda model, roll, cut=None, x=None, known=None: read(model, roll, cut, x)):
+        monkeypatch.setattr("loss.read_packed", way)
+        model = tiny(4, observer="quarters").double().train()
+        loss, log = hybrid_loss(model, rollout(model, real, length, Thinking(), seeded(0)), batch, config, paid, seeded(0))
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in model.parameters()], log["loss_forgotten"]))
+    torch.testing.assert_close(*found)
 
 
 def test_packing_wastes_little_and_loses_nothing():
