@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.dataset import Batch, load_split
 from fast import parallel_rollout, rollout_by_words
@@ -273,13 +274,22 @@ def exponents(c: BenchConfig, rows: list[dict]) -> dict:
     return {name: exponent(lengths, values) for name, values in series.items()}
 
 
+def operations(step) -> int:
+    """Floating-point operations of a step's products with weights. (Attention's are counted on a GPU alone.)"""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def parts(steps: dict, repeats: int):
     """Where the time of each step goes, the first of them plain; the parts add up."""
-    found = alternately(steps, repeats)
+    found, work = alternately(steps, repeats), {name: operations(step) for name, step in steps.items()}
     whole = {name: [sum(turn.values()) for turn in turns] for name, turns in found.items()}
     for name, turns in found.items():
         by_part = {f"{part}, ms": spread([turn[part] for turn in turns], 1e3) for part in ("rollout", "passes", "losses", "optimiser")}
-        yield {"step": name} | by_part | {"together, ms": spread(whole[name], 1e3), "/ plain": ratio(whole[name], whole["plain"])}
+        yield {"step": name} | by_part | {"together, ms": spread(whole[name], 1e3), "/ plain": ratio(whole[name], whole["plain"])} | {
+            "operations / plain": work[name] / work["plain"]
+        }
 
 
 def random_steps(c: BenchConfig, device: str) -> dict:
