@@ -292,7 +292,7 @@ class GPT(nn.Module):
         """
         x: token ids (B, C), or embeddings (B, C, n_embd), as the echo needs them.
         mask: (C, C) or (B, 1, C, C), True where a query (row) sees a key (column); None is causal.
-        cache: the columns before these; x goes behind them. A cache takes one column at a time, or all at the start.
+        cache: the columns before these; x goes behind them. A cache takes one column at a time, all at the start, or several under a mask.
         position: (B, C) of each column, where that is not its index.
         """
         x, sensed = self.trunk(x, mask, cache, position)
