@@ -1,7 +1,7 @@
 """
 What a training step, a rollout and a sample cost, beside their peers: a Markdown table, and one line of JSON.
 
-  python bench.py                    two to three minutes on one thread of a CPU
+  python bench.py                    three to four minutes on one thread of a CPU
   python bench.py --run=out/chain    the same of a trained model, on its own data
 
 Everything is synthetic but for --run: rows of random words with a thought behind each (the dearest stream there is, half of its columns are thoughts), and
@@ -336,11 +336,12 @@ def peers(c: BenchConfig, device: str):
     start = torch.zeros(c.rows, c.length + 1, dtype=torch.long, device=device)
     given, length = torch.ones_like(start[:, 0]), torch.full_like(start[:, 0], c.length + 1)
     on_gpu = {"rollout as a CUDA graph": lambda: rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise, graph=True)} if device == "cuda" else {}
+    ways = three_rollouts(model, batch, Thinking(hold=1.0), noise, passes=[])
     jobs = {
-        "rollout": lambda: rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
+        "rollout": ways["by columns"],
         **on_gpu,
-        "rollout by words": lambda: rollout_by_words(model, batch.real, batch.length, Thinking(hold=1.0), noise),
-        "rollout in parallel": lambda: parallel_rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise),
+        "rollout by words": ways["by words"],
+        "rollout in parallel": ways["in parallel"],
         "rollout without a cache": lambda: without_cache(model, batch.real, c.length, noise),
         "sampling": lambda: speak(model, start, given, length, Thinking("never"), noise),
         "sampling, GPT-2 of transformers": transformers_sampler(c, device, noise),

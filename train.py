@@ -76,9 +76,9 @@ def find_rollout(model: GPT, batch: Batch, config: Config, device: str, thinking
     """The one rollout there is for this noise, in the way that costs less -> the rollout, passes through the model."""
     if rolls_in_parallel(config, device, *batch.real.shape):
         return parallel_rollout(model, batch.real, batch.length, thinking, generator, noise)
-    if not config.recall and not (config.compile and device == "cuda"):
+    graph = config.compile and device == "cuda" and not config.n_positions  # whose end is looked for at every column, and a graph cannot look
+    if not config.recall and not graph:
         return rollout_by_words(model, batch.real, batch.length, thinking, generator, noise)
-    graph = config.compile and not config.n_positions  # whose end is looked for at every column, and a graph cannot look
     roll = rollout(model, batch.real, batch.length, thinking, generator, noise, graph)
     return roll, roll.stream.size(1) * (model.gate is not None)
 
