@@ -54,10 +54,10 @@ def rollout_by_words(model: GPT, real: Tensor, length: Tensor, thinking: Thinkin
             if thinking.window:
                 mask = mask & (now[:, :, None] - position[:n, None, : new.stop] < thinking.window)
             out, passes = model.think(token, mask[:, None], cache, now), passes + 1
-            uniform, gumbels = chance.at(slice(n), place := word * runs + run)
+            uniform, drawn = chance.at(slice(n), place := word * runs + run)
             gate = out.thinking(run)[:, -1]
             thinks[:n, place] = stands[:, -1] & may_follow[token[:, -1]] & decide(gate, uniform, hold_run(torch.tensor(run), thinking), thinking)
-            thoughts[:n, place] = choose_thought(out.thoughts[:, -1], gumbels, thinking)
+            thoughts[:n, place] = choose_thought(model, out.thoughts[:, -1], drawn, thinking)
             token, stands = V + thoughts[:n, place, None], thinks[:n, place, None]
     back = longest.argsort()
     return as_laid_out(real, length, thinks[back], thoughts[back], model, thinking), passes
@@ -81,20 +81,20 @@ def parallel_rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinkin
         raise ValueError("a parallel rollout has all columns in view, no RECALL, and no dropout: a pass must say twice what it said once")
     noise = noise or draw_noise(model, B, T, thinking, generator)
     may_follow = thoughts_may_follow(model, thinking)
-    # the first guess is of a model that knows nothing: all logits zero
+    # the first guess is of a model that knows nothing: all numbers zero
     silent = torch.zeros_like(noise.think)  # (B, places)
     run = torch.arange(runs, device=real.device).repeat(T)
     thinks = decide(silent, noise.think, hold_run(run, thinking), thinking) & F.pad(may_follow[real][..., None], (0, runs - 1), value=True).flatten(1)
-    thoughts = choose_thought(silent[..., None].expand(-1, -1, K), noise.thought, thinking)
+    thoughts = choose_thought(model, silent[..., None].expand(-1, -1, model.thoughts.head.out_features), noise.thought, thinking)
     rows, settled, passes = torch.arange(B, device=real.device), torch.zeros(B, dtype=torch.long, device=real.device), 0  # rows still in the batch
     while len(rows):
         stream, pointer, run, valid = lay_out(real[rows], length[rows], thinks[rows], thoughts[rows], V)
         out = model.think(stream)
         place, column = (pointer - 1) * runs + run, torch.arange(stream.size(1), device=real.device)
-        uniform, gumbels = noise.at(rows[:, None], place)
+        uniform, chance = noise.at(rows[:, None], place)
         decides = valid & (run < runs) & may_follow[stream] & (column >= settled[:, None])  # settled columns stay, whatever rounding says
         thinks_now = decide(out.thinking(run), uniform, hold_run(run, thinking), thinking)
-        thought = choose_thought(out.thoughts, gumbels, thinking)
+        thought = choose_thought(model, out.thoughts, chance, thinking)
         was, thought_was = thinks[rows[:, None], place], thoughts[rows[:, None], place]
         wrong = decides & ((thinks_now != was) | thinks_now & (thought != thought_was))
         each = rows[:, None].expand_as(place)[decides], place[decides]

@@ -13,6 +13,7 @@ Glossary beside model.py's
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,39 +29,46 @@ from stream import Rollout, Thinking, read, speak
 # forgetting and echo
 
 
-def draw_cuts(roll: Rollout, prompt: Tensor, forget: float, last: float = 0.0, every: int = 0, generator=None) -> Tensor:
-    """
-    -> (B, C) bool, True at a cut: the first column that stays in view.
+class Cuts(NamedTuple):
+    """What each row forgets in pass 2."""
 
-    A cut falls right after a real token of the prompt (never its last one) that a thought follows, so that this thought
-    is the first thing in view. A share `forget` of the rows forgets. With `every` = 0 there is one cut a row and any such place is as
-    likely as another, but a share `last` of the rows takes the last; otherwise each place is a cut with probability 1 / every.
+    first: Tensor  # (B, C) bool, True at the first column that stays in view; at most one a row
+    hidden: Tensor  # (B, C) bool: thoughts behind it that are taken away, too
+    depth: Tensor  # (B,) places for a cut that lie behind it, in rows with such hidden thoughts; 0 in the others
+
+
+def draw_cuts(roll: Rollout, prompt: Tensor, forget: float, late: float = 0.0, generator=None) -> Cuts:
+    """
+    A cut falls right after a real token of the prompt (never its last one) that a thought follows, so that this thought is the first thing in view. A share
+    `forget` of the rows forgets, at any such place alike. But a share `late` of them is cut at the last place, or the one before, or the one before that ..,
+    with probabilities 1/2, 1/4, 1/8 .., and thinks no more behind it. Then the thought at the cut must tell by itself what the
+    next few words need: not only the answer, but all that makes a difference to it later. Otherwise a later thought, thought in full view, would know it.
     """
     B, C = roll.stream.shape
-    column = torch.arange(C, device=roll.stream.device)
     eligible = roll.thinks & roll.holds_real & (roll.pointer < prompt[:, None])
     shapes = total(F.one_hot(torch.tensor(RANK), WORLD)[:, None] * torch.tensor([B, C]))  # (WORLD, 2): drawn for all processes' rows, whoever's they are
     rows, start, widest = int(shapes[:, 0].sum()), int(shapes[:RANK, 0].sum()), int(shapes[:, 1].max())
-    draw = lambda columns: torch.rand(rows, columns, generator=generator, device=column.device)[start : start + B, :C]  # noqa: E731
-    if every:
-        cut = draw(widest) < 1 / every
-    else:
-        score = torch.where(draw(1) < last, column / C, draw(widest))
-        cut = column == score.masked_fill(~eligible, -1).argmax(dim=1, keepdim=True)
-    cut = cut & eligible & (draw(1) < forget)
-    return F.pad(cut[:, :-1], (1, 0))  # the thought stands one column behind the token it follows
+    draw = lambda columns: torch.rand(rows, columns, generator=generator, device=roll.stream.device)[start : start + B, :C]  # noqa: E731
+    anywhere = draw(widest).masked_fill(~eligible, -1)
+    behind = eligible.flip(1).cumsum(dim=1).flip(1) - 1  # (B, C) places behind each place
+    depth = torch.minimum((-draw(1).clamp(min=1e-6).log2()).long(), behind[:, :1]).clamp(min=0)  # (B, 1)
+    is_late, is_cut = draw(1) < late, draw(1) < forget
+    place = torch.where(is_late, eligible & (behind == depth), F.one_hot(anywhere.argmax(dim=1), C).bool())
+    first = F.pad((place & eligible & is_cut)[:, :-1], (1, 0))  # the thought stands one column behind the token it follows
+    pointer = (roll.pointer * first).sum(dim=1, keepdim=True)  # (B, 1) the real token behind the cut; 0 without a cut
+    is_late = is_late & (pointer > 0)
+    hidden = is_late & F.pad(roll.thinks[:, :-1], (1, 0)) & (roll.pointer > pointer)
+    return Cuts(first, hidden, (depth * is_late)[:, 0])
 
 
-def echo(model: GPT, roll: Rollout, thoughts: Tensor, chosen: Tensor, scale: float = 1.0) -> Tensor:
+def echo(model: GPT, roll: Rollout, h: Tensor, chosen: Tensor) -> Tensor:
     """
-    Straight-through embeddings of the streams: E[z] + scale * (p - stop_gradient(p)) @ E_thoughts for a thought z, p = softmax of
-    the logits (B, C, K) that chose it in pass 1, at the columns `chosen` (B, C). The value is E[z]; backward, whatever is said later reaches those logits.
-    -> (B, C, n_embd). After Bengio et al. 2013, arXiv:1308.3432.
+    Straight-through embeddings of the streams: W z + W (tanh(h) - stop_gradient(tanh(h))) for a thought of bits z, h (B, C, d) the numbers that chose them in
+    pass 1, at the columns `chosen` (B, C). The value is W z; backward, whatever is said later reaches those numbers. -> (B, C, n_embd).
+    After Bengio et al. 2013, arXiv:1308.3432.
     """
-    p = thoughts.softmax(dim=-1)
-    carry = (p - p.detach()) @ model.embedding.weight[model.config.vocab_size :][: model.config.n_think].detach()  # all zeros
-    carry = torch.where(chosen[..., None], scale * carry, 0)
-    return model.embedding(roll.stream) + F.pad(carry, (0, 0, 1, 0))[:, :-1]  # a thought stands one column behind its logits
+    carry = torch.where(chosen[..., None], model.thoughts.echo(h), 0)  # all zeros
+    return model.embed(roll.stream) + F.pad(carry, (0, 0, 1, 0))[:, :-1]  # a thought stands one column behind its numbers
 
 
 # ----------------------------------------------------------------------------------------------
@@ -170,20 +178,10 @@ def log_choice(gate: Tensor, thinks: Tensor, explore: float) -> Tensor:
     return torch.logaddexp(free, torch.tensor(explore).log().to(free))
 
 
-def thought_log_probability(thoughts: Tensor, roll: Rollout, vocab_size: int) -> Tensor:
-    """(B, C, K) logits -> (B, C): log p of the thought that follows each column, in nats; 0 where none does."""
-    chosen = F.pad(roll.stream[:, 1:] - vocab_size, (0, 1)).clamp(0, thoughts.size(2) - 1)
-    return thoughts.log_softmax(dim=-1).gather(2, chosen[..., None])[..., 0] * roll.thinks
-
-
-def information_kept(thoughts: Tensor, where: Tensor) -> Tensor:
-    """
-    What a thought drawn from the softmax of (B, C, K) logits tells, in nats, of which of the columns `where` (B, C) it was thought at:
-    entropy of the mean softmax less the mean entropy -> scalar, 0 to log K; 0 where there are no columns. After Krause, Perona & Gomes 2010.
-    """
-    p, count = thoughts[where].softmax(dim=-1), total(where.sum()).clamp(min=1)  # (N, K)
-    entropy = lambda q: -torch.xlogy(q, q.clamp(min=1e-9)).sum(dim=-1)  # noqa: E731
-    return entropy(total(p.sum(dim=0)) / count) - total(entropy(p).sum()) / count
+def thought_log_probability(model: GPT, h: Tensor, roll: Rollout) -> Tensor:
+    """Numbers of the bits (B, C, d) -> (B, C): log p of the thought that follows each column, in nats; 0 where none does."""
+    chosen = F.pad(roll.stream[:, 1:] - model.config.vocab_size, (0, 1)).clamp(0, model.config.n_think - 1)
+    return model.thoughts.log_probability(h, chosen) * roll.thinks
 
 
 def first_own(batch: Batch) -> Tensor:
@@ -233,41 +231,49 @@ def first_pass(model: GPT, here: Tensor, roll: Rollout, batch: Batch, config: Co
         return read_packed(model, roll, x=here), here.new_zeros(())
     C, V = roll.stream.size(1), model.config.vocab_size
     word, there, position, mask = with_wrong_words(roll, batch.wrong)
-    out = model(torch.cat([here, model.embedding(word)], dim=1), mask, position=position)
+    out = model(torch.cat([here, model.embed(word)], dim=1), mask, position=position)
     regret = -out.words[:, C:].log_softmax(dim=-1)[..., V]  # (B, E)
     asked = roll.valid & (roll.pointer >= first_own(batch))  # weigh a wrong word like a right one
     return Output(*(part[:, :C] for part in out)), total((regret * there).sum()) / total(asked.sum()).clamp(min=1)
 
 
+def rows_right(words: Tensor, roll: Rollout, answer: Tensor) -> Tensor:
+    """(B, C, V) logits -> (B,) bool: at all columns of `answer` (B, C) that speak, the likeliest word is the right one."""
+    return ((words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)).all(dim=1)
+
+
 def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: bool, generator=None) -> tuple[Tensor, dict]:
-    """All of a training step but the rollout and the optimiser -> loss, {name: number} and "row_loss" (B,) for the log."""
+    """
+    All of a training step but the rollout and the optimiser -> loss, {name: number} and, for the curriculum, "right" (B,) bool: the answer is right with
+    the past cut off, and "asked" (B,) bool: rows where one may expect it.
+    """
     answer = roll.valid & (roll.pointer >= batch.prompt[:, None])  # (B, C) columns that would say a token of the answer
     shown = batch.shown[:, None]  # (B, 1) the row's thoughts are demonstrated
-    here = model.embedding(roll.stream)  # (B, C, n_embd)
+    here = model.embed(roll.stream)  # (B, C, n_embd)
     full, regret = first_pass(model, here, roll, batch, config)  # pass 1
     loss_full = loss_kept = word_loss(full.words, roll)
     loss = weighted(loss_full, roll, answer, config.prompt_weight, config.charge_thinking) + regret
-    right = ((full.words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)).all(dim=1)
-    log = {"loss": loss.item(), "accuracy": mean(right.float(), torch.ones_like(right)).item()}
+    right = rows_right(full.words, roll, answer)
+    log = {"loss": loss.item(), "accuracy": mean(right.float(), torch.ones_like(right)).item(), "asked": torch.ones_like(right)}
     if config.revise:
         log["regret"] = regret.item()
 
     if model.config.n_think:  # pass 2
-        x = echo(model, roll, full.thoughts, roll.thinks & ~shown, config.echo_scale) if config.thought_grad == "echo" else roll.stream
+        x = echo(model, roll, full.thoughts, roll.thinks & ~shown) if config.thought_grad == "echo" else here
         forget = config.forget_paid if paid else config.forget
-        cut = draw_cuts(roll, batch.prompt, forget, config.cut_last, config.cut_every, generator)
+        cut = draw_cuts(roll, batch.prompt, forget, config.cut_late, generator)
+        short = roll.without_thoughts(cut.hidden)
         again = not forget and not config.dropout and not config.compile  # what pass 2 would say was said in pass 1 already
-        kept = full if again else read_packed(model, roll, cut, x, full)
-        loss_kept = word_loss(kept.words, roll)
-        mean_kept = weighted(loss_kept, roll, answer, config.prompt_weight, config.charge_thinking)
+        kept = full if again else read_packed(model, short, cut.first, x, full)
+        loss_kept = word_loss(kept.words, short)
+        mean_kept = weighted(loss_kept, short, answer, config.prompt_weight, config.charge_thinking)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()
-        if again and config.thought_grad == "echo":  # the gradient that would have reached x, sent on to the logits; x - here is zero
+        if again and config.thought_grad == "echo":  # the gradient that would have reached x, sent on to the numbers; x - here is zero
             loss = loss + ((x - here) * torch.autograd.grad(mean_kept, here, retain_graph=True)[0]).sum()
         if config.imitate and forget:  # with the past forgotten, think what was thought in full view
-            behind = roll.thinks & (cut.cumsum(dim=1) > 0)
-            loss = loss - config.imitate * mean(thought_log_probability(kept.thoughts, roll, model.config.vocab_size), behind)
-        if config.tell:
-            loss = loss - config.tell * information_kept(full.thoughts, roll.thinks)
+            behind = short.thinks & (cut.first.cumsum(dim=1) > 0)
+            loss = loss - config.imitate * mean(thought_log_probability(model, kept.thoughts, short), behind)
+        right, log["asked"] = rows_right(kept.words, short, answer), cut.depth == 0
 
     weight = torch.where(answer, 1.0, config.prompt_weight)
     cost = loss_full.detach() * weight
@@ -286,14 +292,13 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         loss, log["observer"] = loss + config.observer_weight * error, error.item()
     if model.config.n_think and config.thought_grad == "reinforce":  # what to think, without the echo
         returns = return_to_go(loss_kept.detach() * weight, roll, 0.0, config.horizon)
-        action = thought_log_probability(full.thoughts, roll, model.config.vocab_size)
+        action = thought_log_probability(model, full.thoughts, roll)
         loss = loss + policy_gradient(action, returns - leave_one_out(returns, roll, config.rollouts), roll.thinks & ~shown)
     if batch.thoughts.size(2):  # what to think, and when, as demonstrated
-        told = thought_log_probability(full.thoughts, roll, model.config.vocab_size)
+        told = thought_log_probability(model, full.thoughts, roll)
         loss = loss - mean(told, roll.thinks & shown) - mean(log_choice(thinking, roll.thinks, 0.0), roll.decides & shown)
 
-    log["row_loss"] = (loss_kept.detach() * answer).sum(dim=1) / answer.sum(dim=1).clamp(min=1)
-    return loss, log
+    return loss, log | {"right": right}
 
 
 # ----------------------------------------------------------------------------------------------

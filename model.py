@@ -1,7 +1,7 @@
 """
 A GPT that may think: the network.
 
-An ordinary pre-norm decoder with rotary positions. Added are K thoughts in the vocabulary, a gate (one number a column: think next, or speak?), an observer
+An ordinary pre-norm decoder with rotary positions. Added are thoughts of d bits, a gate (one number a column: think next, or speak?), an observer
 (one more attention head in the last block, which watches the layers below), and what the control tokens need: DONE, RECALL, REVISE.
 
 Not here: who decides what to do with these numbers, column by column (stream.py), the loss (loss.py), any task, any path, any logging.
@@ -11,15 +11,16 @@ Glossary
   T   real tokens in a row: tokens of the data
   C   columns of a stream: the real tokens of a row with the thoughts emitted between them
   V   words: the vocabulary of real tokens, ids 0 .. V-1
-  K   thoughts, ids V .. V+K-1; never shown, never supervised
+  d   bits of a thought, K = 2^d thoughts, ids V .. V+K-1; never shown, never supervised
   nh  attention heads, hs head size, nh * hs = n_embd
   speak / think   the two things a column can do: predict the next real token, or emit a thought
-  DONE    one more choice beside the K thoughts, inside a run of them: speak now
+  DONE    inside a run of thoughts: speak now, a decision of its own beside the gate's
   RECALL  a column of its own, id V+K, which sees everything where others see a window, and speaks; it leaves no trace, the next stands in its place
   REVISE  one more choice beside the V words: take the last word back
 
 References
-  GPT-2 (Radford et al. 2019) and nanoGPT for the network; RoPE (Su et al. 2021, arXiv:2104.09864) for positions
+  GPT-2 (Radford et al. 2019) and nanoGPT for the network; RoPE (Su et al. 2021, arXiv:2104.09864) for positions; bits: Bengio et al. 2013,
+  arXiv:1308.3432, and finite scalar quantisation (Mentzer et al. 2023, arXiv:2309.15505)
 """
 
 import math
@@ -38,7 +39,7 @@ from torch import Tensor
 @dataclass
 class GPTConfig:
     vocab_size: int = 0  # V, real tokens
-    n_think: int = 16  # K, thoughts; 0 is a plain GPT
+    n_bits: int = 8  # d, bits of a thought; 0 is a plain GPT
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 64
@@ -48,10 +49,14 @@ class GPTConfig:
     gate_init: float = 0.9  # probability of thinking of an untrained gate
     observer: str = ""  # layers whose outputs the observer head watches, e.g. "1,2,3" (0 is the embedding); "quarters" of the depth; "" is no observer
     observer_shapes: bool = False  # gradients that reach the observer go on into the layers it watches
-    done: bool = False  # a run of thoughts ends with DONE, chosen among the thoughts; else by the gate
+    done: bool = False  # a run of thoughts ends with DONE, a decision of its own; else by the gate
     recall: bool = False  # RECALL
     revise: bool = False  # REVISE
-    sharp: float = 1.0  # spread of untrained thought logits; well above 1, a thought tells states apart before it has learned anything
+
+    @property
+    def n_think(self) -> int:
+        """K, how many different thoughts there are."""
+        return 2**self.n_bits if self.n_bits else 0
 
     def watched(self) -> list[int]:
         """Layers under the observer's eyes. Raises ValueError."""
@@ -72,9 +77,9 @@ class Output(NamedTuple):
     """What every column says, whatever went in."""
 
     words: Tensor  # (B, C, V) logits of the next real token, if the column speaks; (B, C, V + 1) with REVISE
-    thoughts: Tensor  # (B, C, K) logits of the thoughts, if it thinks
+    thoughts: Tensor  # (B, C, d) numbers of the thought's bits, if it thinks: positive for a bit that is set, see Thoughts
     gate: Tensor  # (B, C) logit of thinking; -inf in a plain GPT
-    go_on: Tensor  # (B, C) the same inside a run of thoughts: of the K thoughts against DONE, or the gate once more
+    go_on: Tensor  # (B, C) the same inside a run of thoughts: against DONE, or the gate once more
     recall: Tensor  # (B, C) logit of RECALL; -inf in a model without
     readings: Tensor  # (B, C, 3) of the observer; (B, C, 0) without one
 
@@ -136,6 +141,52 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE: turn the two halves of each head by position times frequency. x (..., C, hs); cos, sin (B or 1, 1, C, hs / 2) of that angle."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Thoughts(nn.Module):
+    """
+    A thought is d bits, each -1 or 1; its number, 0 .. 2^d - 1, is the binary number in which bit i counts 2^i. Its embedding is linear in the bits.
+
+    The trunk is mapped to d numbers h, one a bit. A bit is the sign of tanh(h_i) + NOISE * e, e standard normal, the bits independent of each other: a
+    policy, with p(bit i is set) = Phi(tanh(h_i) / NOISE), Phi the normal distribution function, whose log-probability is a sum over bits.
+    Backward, a bit is tanh(h_i): straight through (Bengio et al. 2013).
+    No thought is ever without a gradient, as unused ones are under a softmax: all of them share the same d rows of weights.
+    """
+
+    NOISE = 0.3  # a number far from 0 is as good as sure of its bit, p = 0.0004 for the other; one near 0 tries both
+
+    def __init__(self, n_bits: int, n_embd: int):
+        super().__init__()
+        self.head = nn.Linear(n_embd, n_bits)
+        self.embedding = nn.Linear(n_bits, n_embd)
+        self.register_buffer("counts", 2 ** torch.arange(n_bits), persistent=False)
+
+    def bits(self, number: Tensor) -> Tensor:
+        """Thoughts' numbers (...) -> their bits (..., d), each -1.0 or 1.0."""
+        is_set = (number[..., None] & self.counts) > 0
+        return torch.where(is_set, 1.0, -1.0).to(self.embedding.weight.dtype)
+
+    def forward(self, number: Tensor) -> Tensor:
+        """Thoughts' numbers (...) -> embeddings (..., n_embd)."""
+        return self.embedding(self.bits(number))
+
+    def noise(self, *shape: int, generator=None) -> Tensor:
+        """The chance in so many thoughts -> (*shape, d), standard normal: what `choose` needs to draw."""
+        like = self.embedding.weight
+        return torch.randn(*shape, len(self.counts), generator=generator, device=like.device, dtype=like.dtype)
+
+    def choose(self, h: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+        """Numbers h (..., d) and noise like them -> thoughts drawn (...); without noise the likeliest. A number of exactly 0 is a bit that is not set."""
+        return ((h.tanh() + self.NOISE * noise > 0) * self.counts).sum(dim=-1)
+
+    def log_probability(self, h: Tensor, number: Tensor) -> Tensor:
+        """log p of the thoughts `number` (...), in nats, where they are drawn from h (..., d) -> (...)."""
+        return torch.special.log_ndtr(h.tanh() * self.bits(number) / self.NOISE).sum(dim=-1)
+
+    def echo(self, h: Tensor) -> Tensor:
+        """Numbers h (..., d) -> (..., n_embd), all zeros, through which a gradient goes on to h as if the bits were tanh(h)."""
+        soft = h.tanh()
+        return F.linear(soft - soft.detach(), self.embedding.weight)
 
 
 class Observer(nn.Module):
@@ -212,18 +263,21 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        V, K, D = config.vocab_size, config.n_think, config.n_embd
+        V, D = config.vocab_size, config.n_embd
+        if not 0 <= config.n_bits <= 24:
+            raise ValueError(f"n_bits = {config.n_bits}: a thought has 1 to 24 bits, and a plain GPT 0")
         if D % config.n_head or D // config.n_head % 2:
             raise ValueError(f"n_embd = {D} must split into n_head = {config.n_head} heads of even size")
-        if config.done and not K:
-            raise ValueError("done = true ends runs of thoughts, and there are none: n_think = 0")
-        self.embedding = nn.Embedding(V + K + config.recall, D)
+        if config.done and not config.n_bits:
+            raise ValueError("done = true ends runs of thoughts, and there are none: n_bits = 0")
+        self.embedding = nn.Embedding(V + config.recall, D)  # RECALL is the last
+        self.thoughts = Thoughts(config.n_bits, D) if config.n_bits else None
         self.position = nn.Embedding(config.n_positions, D) if config.n_positions else None
         watched = [bool(config.watched()) and layer == config.n_layer - 1 for layer in range(config.n_layer)]
         self.blocks = nn.ModuleList(Block(config, observer) for observer in watched)
         self.norm = nn.LayerNorm(D)
-        self.head = nn.Linear(D, V + K)
-        controls = bool(K) + config.done + config.recall  # of this many things it asks each column: think, done, recall
+        self.head = nn.Linear(D, V)
+        controls = bool(config.n_bits) + config.done + config.recall  # of this many things it asks each column: think, done, recall
         self.gate = nn.Linear(D + bool(config.observer) * D // config.n_head, controls) if controls else None
         self.regret = nn.Linear(D, 1) if config.revise else None
         self.drop = nn.Dropout(config.dropout)
@@ -231,8 +285,6 @@ class GPT(nn.Module):
         frequency = frequency * (not config.n_positions)
         self.register_buffer("frequency", frequency, persistent=False)  # (hs / 2,) radians per column
         self.apply(self._init)
-        with torch.no_grad():
-            self.head.weight[V:] *= config.sharp
 
     def _init(self, module):
         if isinstance(module, nn.Embedding):
@@ -240,15 +292,25 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.7 / math.sqrt(module.in_features))
             nn.init.zeros_(module.bias)
+        if module is self.thoughts:  # like all embeddings; larger, what they happen to say at first is learned by heart
+            nn.init.normal_(module.embedding.weight, std=0.02)
         if module is self.gate:  # undecided by content, but held open: thoughts must be tried before they can pay
             nn.init.zeros_(module.weight)
-            if self.config.n_think:
+            if self.config.n_bits:
                 nn.init.constant_(module.bias[:1], math.log(self.config.gate_init / (1 - self.config.gate_init)))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Real tokens, thoughts and RECALL, ids (B, C) -> (B, C, n_embd)."""
+        V, K = self.config.vocab_size, self.config.n_think
+        number = ids - V
+        thinks = (number >= 0) & (number < K)
+        x = self.embedding(torch.where(number < 0, ids, (ids - K) * ~thinks))
+        return x if self.thoughts is None else torch.where(thinks[..., None], self.thoughts(number * thinks), x)
 
     def trunk(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, position: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The blocks, arguments as in `forward` -> (B, C, n_embd), and what the observer sensed, (B, C, hs), or None."""
         if not x.is_floating_point():
-            x = self.embedding(x)  # (B, C) -> (B, C, n_embd)
+            x = self.embed(x)  # (B, C) -> (B, C, n_embd)
         start = cache.length if cache is not None else 0
         if not torch.is_tensor(start) and start and x.size(1) > 1 and mask is None:
             raise ValueError("a cache that holds columns takes one column at a time, or several under a mask")
@@ -268,25 +330,24 @@ class GPT(nn.Module):
             cache.length = cache.length + x.size(1)
         return self.norm(x), sensed
 
-    def control(self, x: Tensor, sensed: Tensor | None, thoughts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def control(self, x: Tensor, sensed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """
-        -> (B, C) logits: gate, go_on, recall, as in Output. They read the trunk but do not shape it: their policy gradient's noise wears off what thoughts mean.
+        -> (B, C, d) thoughts; (B, C) logits: gate, go_on, recall; as in Output. The logits read the trunk but do not shape it: their policy gradient's noise wears off what thoughts mean.
         """
         never, config = torch.full_like(x[..., 0], -torch.inf), self.config
+        thoughts = x[..., :0] if self.thoughts is None else self.thoughts.head(x)
         if self.gate is None:
-            return never, never, never
+            return thoughts, never, never, never
         seen = x if sensed is None else torch.cat([x, sensed], dim=-1)
         logits = self.gate(seen.detach())  # (B, C, 1 to 3)
-        gate = logits[..., 0] if config.n_think else never
-        go_on = thoughts.detach().logsumexp(dim=-1) - logits[..., 1] if config.done else gate
-        return gate, go_on, logits[..., -1] if config.recall else never
+        gate = logits[..., 0] if config.n_bits else never
+        go_on = -logits[..., 1] if config.done else gate
+        return thoughts, gate, go_on, logits[..., -1] if config.recall else never
 
     def think(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, position: Tensor | None = None) -> Output:
         """`forward` for who needs no words and no readings."""
         x, sensed = self.trunk(x, mask, cache, position)
-        V = self.config.vocab_size
-        thoughts = F.linear(x, self.head.weight[V:], self.head.bias[V:])
-        return Output(x[..., :0], thoughts, *self.control(x, sensed, thoughts), x[..., :0])
+        return Output(x[..., :0], *self.control(x, sensed), x[..., :0])
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, position: Tensor | None = None) -> Output:
         """
@@ -296,7 +357,7 @@ class GPT(nn.Module):
         position: (B, C) of each column, where that is not its index.
         """
         x, sensed = self.trunk(x, mask, cache, position)
-        words, thoughts = self.head(x).split([self.config.vocab_size, self.config.n_think], dim=-1)
+        words = self.head(x)
         if self.regret is not None:
             words = torch.cat([words, self.regret(x)], dim=-1)  # (B, C, V + 1)
         readings = words[..., :0]
@@ -304,27 +365,24 @@ class GPT(nn.Module):
             log_p = words.detach().log_softmax(dim=-1)
             entropy = -(log_p.exp() * log_p).sum(dim=-1, keepdim=True)  # (B, C, 1)
             readings = self.blocks[-1].attention.observer.read(sensed) + F.pad(entropy, (0, len(READINGS) - 1))  # to `coming`
-        return Output(words, thoughts, *self.control(x, sensed, thoughts), readings)
+        return Output(words, *self.control(x, sensed), readings)
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
         """
-        Begin with the weights of a model of the same words and fewer thoughts, or none, or without an observer or control tokens: whatever it can say it
+        Begin with the weights of a model of the same words, without thoughts, an observer or control tokens that this one has: whatever it can say it
         says as before; what it lacks stays as it is. Raises ValueError where the shapes are of another model.
         """
-        own = self.state_dict()
-        if len(weights["head.weight"]) < len(weights["embedding.weight"]) != len(own["embedding.weight"]):
-            raise ValueError("a model with RECALL lends its weights only to one of as many thoughts")
-        for name in ("embedding.weight", "head.weight", "head.bias"):
-            theirs, ours = weights[name], own[name]
-            if self.config.vocab_size <= len(theirs) <= len(ours) and theirs.shape[1:] == ours.shape[1:]:
-                weights = weights | {name: torch.cat([theirs.to(ours), ours[len(theirs) :]])}
+        own, V = self.state_dict(), self.config.vocab_size
+        if len(weights["embedding.weight"]) == V < len(own["embedding.weight"]):  # RECALL comes last
+            weights = weights | {"embedding.weight": torch.cat([weights["embedding.weight"].to(own["embedding.weight"]), own["embedding.weight"][V:]])}
         for name in (f"blocks.{self.config.n_layer - 1}.attention.proj.weight", "gate.weight"):  # an observer widens them: nobody listens to it yet
             if name in weights and name in own and own[name].size(1) > weights[name].size(1):
                 weights = weights | {name: F.pad(weights[name], (0, own[name].size(1) - weights[name].size(1)))}
         for name in ("gate.weight", "gate.bias"):  # thinking comes first
-            if name in weights and name in own and len(weights[name]) == 1 < len(own[name]) and self.config.n_think:
+            if name in weights and name in own and len(weights[name]) == 1 < len(own[name]) and self.config.n_bits:
                 weights = weights | {name: torch.cat([weights[name], own[name][1:]])}
-        missing = [name for name in own if name not in weights and not name.startswith(("gate.", "regret.")) and ".observer." not in name]
+        added = ("gate.", "regret.", "thoughts.")
+        missing = [name for name in own if name not in weights and not name.startswith(added) and ".observer." not in name]
         wrong = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
         if missing or wrong:
             raise ValueError(f"weights of another shape: {', '.join((missing + wrong)[:3])}")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import Batch, DataError, Rows, Text, Vocabulary, load_split
@@ -26,6 +27,7 @@ from runs import Config, as_trained, load_config, load_model, pick_device, run
 from stream import Thinking, rollout
 
 MODES = ("policy", "never", "random", "constant", "swapped")
+NAMED = 32  # thoughts that the picture names, at most
 
 
 @dataclass
@@ -91,6 +93,16 @@ def text_modes(model: GPT, text: Text, thinking: Thinking, vocabulary: Vocabular
     return result
 
 
+def joint_counts(thoughts: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Thoughts (N,) and their labels 0 .. Y-1 (N,) -> numbers of the thoughts that occur, (X,), lowest
+    first, and how often each has each label, (X, Y). K may be large: few of all thoughts occur.
+    """
+    used, row = torch.unique(thoughts, return_inverse=True)
+    Y = int(labels.max()) + 1 if len(labels) else 0
+    return used, torch.bincount(row * Y + labels, minlength=len(used) * Y).view(len(used), Y)
+
+
 def mutual_information(counts: Tensor) -> float:
     """Joint counts (X, Y) -> I(X; Y) in nats, of the empirical distribution."""
     joint = counts.double() / counts.sum()
@@ -101,8 +113,10 @@ def mutual_information(counts: Tensor) -> float:
 def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict, device: str) -> dict:
     """
     What each thought has come to mean. probe.json holds rows of text and, for every token, a label: what one would have in mind there.
-    Counts the thought that follows a token (if any) against the token's label -> mutual information and entropy in nats, and the table;
-    "silent" is the share of tokens of each label that no thought follows: silence can be a symbol, too.
+    Counts the thought that follows a token (if any) against the token's label -> mutual information
+    and entropy in nats, and the table: "thoughts" are the numbers of those that occur, and "counts"
+    has a row for each of them; "silent" is the share of tokens of each label that no thought
+    follows: silence can be a symbol, too.
     """
     ids = [vocabulary.encode(text) for text in probe["rows"]]
     length = torch.tensor([len(row) for row in ids], device=device)
@@ -112,23 +126,22 @@ def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict,
         real[i, : len(row)] = torch.tensor(row)
         labels[i, : len(row)] = torch.tensor([-1 if label is None else probe["values"].index(label) for label in said])
     roll = rollout(model, real, length, thinking, torch.Generator(device).manual_seed(0))
-    V, K = model.config.vocab_size, model.config.n_think
     label = labels.gather(1, roll.pointer - 1)  # of the last real token at or before a column
     where = (roll.thinks & roll.valid & (label >= 0))[:, :-1]
-    pairs = (roll.stream[:, 1:][where] - V) * len(probe["values"]) + label[:, :-1][where]
-    counts = torch.bincount(pairs.cpu(), minlength=K * len(probe["values"])).view(K, -1)
+    thoughts = (roll.stream[:, 1:][where] - model.config.vocab_size).cpu()
+    used, counts = joint_counts(thoughts, label[:, :-1][where].cpu())
+    counts = F.pad(counts, (0, len(probe["values"]) - counts.size(1)))
     here = roll.holds_real & roll.valid & (label >= 0)
     silent = [round((~roll.thinks[here & (label == k)]).float().mean().item(), 4) for k in range(len(probe["values"]))]
-    if counts.sum() == 0:
-        return {"label": probe["name"], "mutual_information": 0.0, "values": probe["values"], "counts": counts.tolist(), "silent": silent}
+    found = {"values": probe["values"], "silent": silent}
+    found |= {"thoughts": used.tolist(), "counts": counts.tolist()}
+    if len(used) == 0:
+        return {"label": probe["name"], "mutual_information": 0.0} | found
     return {
         "label": probe["name"],
         "mutual_information": round(mutual_information(counts), 4),
         "label_entropy": round(mutual_information(torch.diag(counts.sum(0))), 4),
-        "values": probe["values"],
-        "counts": counts.tolist(),
-        "silent": silent,
-    }
+    } | found
 
 
 def most_used_thought(model: GPT, rows: Rows, thinking: Thinking, config: ReportConfig) -> int:
@@ -157,6 +170,8 @@ def make_report(config: ReportConfig) -> dict:
         "task": state["meta"]["task"],
         "level": state["meta"]["level"],
         "trained_levels": splits[0].levels,
+        "learned_levels": state["curriculum"]["mastered"],
+        "thoughts_cost": state["progress"]["paid"],
         "seed": trained.seed,
         "steps": state["progress"]["step"],
         "seconds": round(state["progress"]["seconds"], 1),
@@ -249,10 +264,13 @@ def draw(report: dict, metrics: list[dict], path: Path) -> None:
     a.legend(fontsize=8)
     if m := report.get("meaning"):
         counts = torch.tensor(m["counts"], dtype=torch.double)
-        order = sorted((k for k in range(len(counts)) if counts[k].sum() > 0), key=lambda k: (int(counts[k].argmax()), -int(counts[k].sum())))
+        order = sorted(range(len(counts)), key=lambda i: (int(counts[i].argmax()), -int(counts[i].sum())))
         if order:
-            b.imshow((counts / counts.sum(0).clamp(min=1)).T[:, order], aspect="auto", cmap="Blues", vmin=0, vmax=1)
-        b.set_xticks(range(len(order)), order)
+            share = (counts / counts.sum(0).clamp(min=1)).T[:, order]
+            b.imshow(share, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+        some = range(0, len(order), 1 + len(order) // NAMED)
+        turned = 90 if len(some) > NAMED // 2 else 0
+        b.set_xticks(some, [m["thoughts"][order[i]] for i in some], rotation=turned)
         b.set_yticks(range(len(m["values"])), m["values"])
         b.set(xlabel="thought", ylabel=m["label"], title=f"what thoughts mean: {m['mutual_information']:.2f} of {m.get('label_entropy', 0):.2f} nats of the {m['label']}")
     else:

@@ -45,7 +45,7 @@ class Config:
     precision: str = "auto"  # of the matrix products in training: float32 | bfloat16 | auto: bfloat16 on a GPU that has it
     shown_share: float = 0.0  # share of each batch, at least, that is drawn from the rows whose thoughts are demonstrated
     # the network
-    n_think: int = 16  # K, thoughts; 0 trains a plain GPT
+    n_bits: int = 8  # bits of a thought, one of K = 2^n_bits; 0 trains a plain GPT
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 64
@@ -55,7 +55,7 @@ class Config:
     observer: str = ""  # layers that the observer head watches: "quarters" of the depth, or "0,1"; "" is no observer
     observer_shapes: bool = False  # gradients that reach the observer go on into the layers it watches
     window: int = 0  # columns in view, in training and after; 0 for all
-    done: bool = False  # a run of thoughts ends with DONE, chosen among the thoughts; else by the gate
+    done: bool = False  # a run of thoughts ends with DONE, a decision of its own; else by the gate
     recall: bool = False  # RECALL, a column that sees past the window and past a cut
     revise: bool = False  # REVISE, a word that takes the last word back
     # optimisation
@@ -69,24 +69,18 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0  # gradient norm, the observer's apart from all others'
-    prompt_weight: float = 0.01  # weight of the prompt's own tokens in the loss; the answer's is 1
+    prompt_weight: float = 0.0  # weight of the prompt's own tokens in the loss; the answer's is 1
     curriculum: bool = True  # shortest levels first, the next when the longest is mastered
-    mastered: float = 0.5  # nats a token of the answer (moving average) at which a level counts as mastered
     # thoughts
     max_run: int = 1  # thoughts in a row, at most
     hold: float = 1.0  # probability of a run of thoughts behind a token, as long as thoughts are free
     gate_init: float = 0.95  # the gate's own, when it takes over
-    sharp: float = 1.0  # spread of untrained thought logits; above 1, a thought is a hash of the state before it has learned anything
     thought_grad: str = "echo"  # echo | reinforce
-    echo_scale: float = 1.0  # of the echo's gradient
     forget: float = 1.0  # share of rows that forget, while thoughts are free
     forget_paid: float = 0.8  # the same, once they are paid
-    cut_last: float = 0.5  # share of cuts put as late as they can be, so that one thought must tell all
-    cut_every: int = 0  # real tokens from cut to cut, on average, in a row that forgets; 0 is one cut a row
+    cut_late: float = 0.7  # share of cuts shortly before the answer, behind which no thought is left but the one at the cut
     charge_thinking: float = 1.0  # weight of the word that a column that thinks would have said
-    imitate: float = 0.1  # weight of thinking in pass 2, behind the cut, what was thought in full view
-    tell: float = 0.0  # reward, in nats a nat, of thoughts that tell columns apart, whatever about them
-    split_every: int = 60  # steps between splits of an overused thought, while levels are being added or, without curriculum, in the first half of the free phase; 0 never
+    imitate: float = 0.01  # weight of thinking in pass 2, behind the cut, what was thought in full view
     free: float = 0.4  # share of the steps, at least, in which thoughts are free and the gate is not trained
     think_cost: float = 0.05  # price of a thought, in nats
     recall_cost: float = 0.2  # price of a RECALL, in nats
@@ -105,6 +99,11 @@ class Config:
     log_every: int = 50
     save_every: int = 500
     report: bool = True
+
+    @property
+    def n_think(self) -> int:
+        """K, how many different thoughts there are."""
+        return 2**self.n_bits if self.n_bits else 0
 
 
 def parse_value(name: str, text, kind: type):

@@ -62,6 +62,10 @@ class Rollout(NamedTuple):
     def position(self) -> Tensor:  # (B, C) of the column in its row: a RECALL stands where the next column will
         return (~self.opens).cumsum(dim=1) - (~self.opens).long()
 
+    def without_thoughts(self, hidden: Tensor) -> "Rollout":
+        """The same streams as if the thoughts at the columns hidden (B, C) had not been thought. The others keep their positions."""
+        return self._replace(thinks=self.thinks & ~F.pad(hidden[:, 1:], (0, 1)), valid=self.valid & ~hidden)
+
     @property
     def may_recall(self) -> Tensor:  # (B, C) in a model that can
         return self.valid & ~self.thinks & ~self.opens
@@ -78,8 +82,8 @@ class Rollout(NamedTuple):
     def view(self, cut: Tensor | None = None, pack=None) -> Tensor | None:
         """
         The mask (B, 1, C, C) under which one pass over the streams sees what was seen as they were made, True where a query sees a key: nothing later,
-        nothing further back than the window, nothing from before a cut, (B, C) True at the first column that stays in view; but RECALL sees all that came before,
-        and no other column sees it. None, causal, where that is everything. (R, 1, W, W) of columns laid elsewhere by `pack`, (B, C) -> (R, W), as fast.py does.
+        nothing further back than the window, nothing from before a cut, (B, C) True at the first column that stays in view, nor, where there are cuts, columns
+        that are not valid; but RECALL sees all that came before, and no other column sees it. None, causal, where that is everything. (R, 1, W, W) of columns laid elsewhere by `pack`, (B, C) -> (R, W), as fast.py does.
         """
         if not self.window and cut is None and pack is None and not self.recalls.any():
             return None
@@ -89,8 +93,10 @@ class Rollout(NamedTuple):
         if cut is not None:
             segment = lay(cut.cumsum(dim=1))  # (B, C)
             seen = seen & (segment[:, :, None] == segment[:, None, :])
+        there = ~opens if cut is None else ~opens & lay(self.valid)  # (B, C)
         c = torch.arange(place.size(1), device=place.device)
-        seen = (seen | opens[:, :, None]) & ~opens[:, None, :] | torch.eye(len(c), dtype=torch.bool, device=c.device)
+        own = torch.eye(len(c), dtype=torch.bool, device=c.device)
+        seen = (seen | opens[:, :, None]) & there[:, None, :] | own
         if pack:
             row = pack(torch.arange(len(self.stream), device=c.device)[:, None].expand_as(self.stream))
             seen = seen & (row[:, :, None] == row[:, None, :])
@@ -109,11 +115,11 @@ class Noise(NamedTuple):
     """
 
     think: Tensor  # (B, places) uniform: a thought follows where it is below the probability of thinking
-    thought: Tensor | None  # (B, places, K) Gumbel: argmax of logits plus this is a draw from their softmax (Gumbel 1954); None where none is drawn
+    thought: Tensor | None  # (B, places, d) standard normal, of a thought's bits, see `Thoughts`; None where none is drawn
     recall: Tensor  # (B, T) uniform, for each real token that is still to come: RECALL where it is below the probability; (B, 0) in a model without
 
     def at(self, rows: Tensor, place: Tensor | int) -> tuple[Tensor, Tensor | None]:
-        """One place of each row, rows and place (B,) -> (B,), (B, K); or many, rows (B, 1), place (B, C) -> (B, C), (B, C, K)."""
+        """One place of each row, rows and place (B,) -> (B,), (B, d); or many, rows (B, 1), place (B, C) -> (B, C), (B, C, d)."""
         return self.think[rows, place], None if self.thought is None else self.thought[rows, place]
 
 
@@ -123,16 +129,16 @@ def draw_noise(model: GPT, B: int, T: int, thinking: Thinking, generator=None) -
     uniform = lambda *shape: torch.rand(*shape, generator=generator, device=like.device, dtype=like.dtype)  # noqa: E731
     think = uniform(B, places)
     draws = thinking.mode == "random" or thinking.mode in ("policy", "swapped") and not thinking.greedy
-    thought = gumbel(like.new_empty(B, places, model.config.n_think), generator) if draws else None
+    thought = model.thoughts.noise(B, places, generator=generator) if draws and model.thoughts is not None else None
     return Noise(think, thought, uniform(B, T * model.config.recall))
 
 
-def load_dice(noise: Noise, thoughts: Tensor, where: Tensor) -> Noise:
+def load_dice(model: GPT, noise: Noise, thoughts: Tensor, where: Tensor) -> Noise:
     """Noise that makes rows think the thoughts (B, T, R), 0 .. K-1 or -1 for none, behind the real tokens `where` (B, T or 1) bool, and no others there."""
     B, T, R = thoughts.shape
     runs = noise.think.size(1) // T
     told, where = F.pad(thoughts, (0, runs - R), value=-1).flatten(1), where.expand(B, T).repeat_interleave(runs, dim=1)  # (B, places)
-    choice = torch.where(F.one_hot(told.clamp(min=0), noise.thought.size(2)).bool(), 0.0, -torch.inf).to(noise.thought)
+    choice = model.thoughts.bits(told.clamp(min=0)) * torch.inf
     think = torch.where(where, torch.where(told >= 0, -1.0, 2.0).to(noise.think), noise.think)  # below every probability, and above
     return noise._replace(think=think, thought=torch.where(where[..., None], choice, noise.thought))
 
@@ -168,9 +174,9 @@ def rollout(model: GPT, real: Tensor, length: Tensor, thinking: Thinking, genera
         decides = valid & (run < runs) & may_follow[token] if runs else none
         thinks = recalls = thought = none
         if runs:
-            uniform, gumbels = noise.at(rows, (pointer - 1) * runs + run)
+            uniform, chance = noise.at(rows, (pointer - 1) * runs + run)
             thinks = decides & decide(out.thinking(run[:, None])[:, 0], uniform, hold_run(run, thinking), thinking)
-            thought = choose_thought(out.thoughts[:, 0], gumbels, thinking)
+            thought = choose_thought(model, out.thoughts[:, 0], chance, thinking)
         if recall:
             recalls = valid & ~thinks & ~opens & decide(out.recall[:, 0], noise.recall[rows, pointer - 1], thinking.hold_recall, thinking)
         told = torch.stack([token, pointer, decides, thinks, recalls, valid])
@@ -263,9 +269,9 @@ def speak(
         if thinking.budget:
             decides = decides & (spent < thinking.budget)
         if runs:
-            uniform, gumbels = noise.at(rows, (pointer - 1) * runs + run)
+            uniform, chance = noise.at(rows, (pointer - 1) * runs + run)
             thinks = decides & decide(out.thinking(run), uniform, hold_run(run, thinking), thinking)
-            thought = choose_thought(out.thoughts, gumbels, thinking)
+            thought = choose_thought(model, out.thoughts, chance, thinking)
         if can.recall:
             recalls = valid & ~revises & ~thinks & ~opens & decide(out.recall, noise.recall[rows, pointer - 1], thinking.hold_recall, thinking)
         speaks = valid & ~(revises | thinks | recalls)
@@ -338,14 +344,9 @@ def decide(logit: Tensor, uniform: Tensor, hold: Tensor | float | None, thinking
     return uniform < (p.round() if thinking.greedy else thinking.explore + (1 - 2 * thinking.explore) * p)
 
 
-def gumbel(empty: Tensor, generator=None) -> Tensor:
-    """Fills a tensor with Gumbel noise."""
-    return empty.exponential_(generator=generator).log_().neg_()
-
-
 def draw(logits: Tensor, generator=None) -> Tensor:
     """A draw from the softmax of (B, N) logits -> (B,), by the Gumbel-max trick (Gumbel 1954)."""
-    return (logits + gumbel(torch.empty_like(logits), generator)).argmax(dim=-1)
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log_()).argmax(dim=-1)
 
 
 def choose(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
@@ -358,13 +359,13 @@ def choose(logits: Tensor, thinking: Thinking, generator=None) -> Tensor:
     return draw(logits / thinking.temperature, generator)
 
 
-def choose_thought(logits: Tensor, gumbels: Tensor | None, thinking: Thinking) -> Tensor:
-    """(B, ..., K) thought logits, and noise to draw with -> (B, ...) thoughts 0 .. K-1, by policy or with an ablation."""
+def choose_thought(model: GPT, h: Tensor, chance: Tensor | None, thinking: Thinking) -> Tensor:
+    """Numbers of the bits h (B, ..., d), and noise to draw with -> (B, ...) thoughts 0 .. K-1, by policy or with an ablation."""
     if thinking.mode == "random":
-        return gumbels.argmax(dim=-1)
+        return model.thoughts.choose(torch.zeros_like(h), chance)
     if thinking.mode == "constant":
-        return torch.full(logits.shape[:-1], thinking.constant, device=logits.device)
-    thought = (logits if gumbels is None else logits + gumbels).argmax(dim=-1)
+        return torch.full(h.shape[:-1], thinking.constant, device=h.device)
+    thought = model.thoughts.choose(h, 0.0 if chance is None else chance)
     return thought.roll(1, dims=0) if thinking.mode == "swapped" else thought
 
 

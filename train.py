@@ -33,30 +33,81 @@ from runs import (
 from stream import Noise, Rollout, Thinking, draw_noise, load_dice, rollout
 
 # ----------------------------------------------------------------------------------------------
-# splitting an overused thought
+# the curriculum
+
+POOL = 64  # rows, at least, that come into use together
+MASTERED = 0.97  # share of the newest rows that is right, with the past cut off, when the next come into use
+NEARLY, PATIENCE = 0.85, 150  # or this share, when so many steps have brought no more
+RATE = 0.2  # of the moving average of that share
+LAST_CALL = 0.75  # of the steps: then the levels that are left come into use all the same
 
 
-@torch.no_grad()
-def split_thought(model: GPT, optimiser: torch.optim.Optimizer, usage: Tensor, generator=None) -> bool:
-    """
-    If the least used thought has under a sixth of its share of the uses (K,), make it a noisy copy of the most used one, so that two values which
-    share a thought can part. As Linde, Buzo & Gray (1980) split a crowded code; moments of the copied rows are reset.
-    """
-    dead, top = int(usage.argmin()), int(usage.argmax())
-    if usage[dead] >= 0.16 / len(usage):
-        return False
-    V = model.config.vocab_size
-    for weight in (model.embedding.weight, model.head.weight):
-        noise = 0.3 * weight[V + top].std() * torch.randn(2, weight.size(1), generator=generator).to(weight.device)
-        weight[V + dead] = weight[V + top] + noise[0]
-        weight[V + top] += noise[1]
-    model.head.bias[V + dead] = model.head.bias[V + top]
-    for weight in (model.embedding.weight, model.head.weight, model.head.bias):
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name in optimiser.state[weight]:
-                optimiser.state[weight][name][V + dead] = 0
-    usage[dead] = usage[top] = usage[top] / 2
-    return True
+def pools(count: dict[int, int]) -> list[int]:
+    """{level: rows}, shortest level first -> how many levels are in use at each stage: as few more as hold POOL rows, the rest with the last."""
+    stages, waiting = [], 0
+    for i, rows in enumerate(count.values(), start=1):
+        waiting += rows
+        if waiting >= POOL:
+            stages.append(i)
+            waiting = 0
+    return [*stages[: -1 if waiting else None], len(count)] if waiting else stages
+
+
+class Curriculum:
+    """Short problems first, longer ones when the newest in use are mastered. It counts what is right, not nats, so that it knows no task."""
+
+    def __init__(self, count: dict[int, int], grows: bool = True):
+        """count: {level: rows}, shortest level first. Without `grows` all are in use from the start."""
+        self.every = list(count)
+        self.stages = pools(count) if grows else [len(count)]  # levels in use at each stage
+        self.stage, self.grown = 0, 0  # which stage it is, and the step at which it began
+        self.right = 0.0  # moving average: share of the newest rows that is right
+        self.learned = not grows  # the last stage is mastered
+
+    @property
+    def levels(self) -> list[int]:
+        """Levels in use."""
+        return self.every[: self.stages[self.stage]]
+
+    @property
+    def newest(self) -> list[int]:
+        """Levels that came into use together, last."""
+        return self.levels[self.stages[self.stage - 1] if self.stage else 0 :]
+
+    @property
+    def mastered(self) -> list[int]:
+        return self.levels if self.learned else self.levels[: -len(self.newest)]
+
+    def open(self) -> None:
+        """Take in all levels that are left."""
+        if len(self.levels) < len(self.every):
+            self.stages = self.stages[: self.stage + 1] + [len(self.every)]
+            self.stage += 1
+
+    @property
+    def emphasised(self) -> int:
+        """How many levels, the last ones, half of the rows are drawn from; 0: all are drawn alike."""
+        return 0 if self.learned else len(self.newest)
+
+    def grow(self, step: int, level: Tensor, right: Tensor, asked: Tensor | None = None) -> None:
+        """level (B,) of each row; right, asked (B,) bool: answered right, and whether one may expect it; None is all."""
+        counted = (level >= self.newest[0]) & (torch.ones_like(right) if asked is None else asked)
+        if count := total(counted.sum()).item():
+            self.right += RATE * (total((right & counted).sum()).item() / count - self.right)
+        if self.right > MASTERED or self.right > NEARLY and step - self.grown > PATIENCE:
+            if self.stage < len(self.stages) - 1:
+                self.stage, self.grown, self.right = self.stage + 1, step, 0.5
+            else:
+                self.learned = True
+
+    def state(self) -> dict:
+        """What a checkpoint keeps; `mastered` is for the report."""
+        names = ("stages", "stage", "grown", "right", "learned", "mastered")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state(self, state: dict) -> None:
+        for name in ("stages", "stage", "grown", "right", "learned"):
+            setattr(self, name, state[name])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -126,9 +177,7 @@ class Trainer:
         self.noise = torch.Generator(self.device).manual_seed(config.seed)  # rollouts, cuts
         self.free, self.taught = (how_to_think(config, self.vocabulary, paid) for paid in (False, True))
         self.step, self.seconds, self.paid = 0, 0.0, False
-        self.reached = 1 if config.curriculum else len(self.train_rows.levels)  # levels in use
-        self.average = 2.0  # moving average of the loss of the longest level in use
-        self.usage = torch.ones(config.n_think) / max(1, config.n_think)
+        self.curriculum = Curriculum(self.train_rows.count, config.curriculum)
 
     @property
     def thinking(self) -> Thinking:
@@ -142,10 +191,10 @@ class Trainer:
     def train_step(self) -> dict:
         c = self.config
         several = c.rollouts if self.model.gate is not None and (self.paid or c.thought_grad == "reinforce") else 1
-        levels = self.train_rows.levels[: self.reached]
+        levels = self.curriculum.levels
         rows = max(WORLD, WORLD * c.batch_tokens // self.train_rows.longest(levels[-1]) // several)
         first, end = (several * (rows * rank // WORLD) for rank in (RANK, RANK + 1))  # a row's rollouts stay together
-        whole = self.train_rows.draw(rows, levels, self.generator, c.shown_share).to(self.device).repeat(several)
+        whole = self.train_rows.draw(rows, levels, self.generator, c.shown_share, self.curriculum.emphasised).to(self.device).repeat(several)
         if c.revise:
             whole = whole._replace(wrong=wrong_words(whole, len(self.vocabulary.tokens), c.corrupt, self.noise))
         batch = Batch(*(part[first:end] for part in whole))
@@ -153,7 +202,7 @@ class Trainer:
         if self.model.gate is not None:
             noise = Noise(*(part[first:end] for part in draw_noise(self.model, *whole.real.shape, thinking, self.noise)))
         if c.n_think and batch.thoughts.size(2):
-            noise = load_dice(noise, batch.thoughts, batch.shown[:, None])
+            noise = load_dice(self.model, noise, batch.thoughts, batch.shown[:, None])
         with self.autocast:
             roll, passes = find_rollout(self.model, batch, c, self.device, thinking, noise=noise)
             loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
@@ -172,30 +221,21 @@ class Trainer:
         if c.recall:
             log["recalls_per_token"] = total(roll.recalls.sum()).item() / tokens
         log["passes_per_column"] = passes / roll.stream.size(1)  # of this process
-        self.grow(batch, log.pop("row_loss"))
-        if c.n_think:
-            self.split(roll)
+        self.curriculum.grow(self.step, batch.level, log.pop("right"), log.pop("asked"))
+        self.charge()
         self.step += 1
         return log
 
-    def grow(self, batch: Batch, row_loss: Tensor) -> None:
-        """Add the next level once the longest one in use is mastered; after the last, thoughts begin to cost."""
-        longest = batch.level == self.train_rows.levels[self.reached - 1]
-        if count := total(longest.sum()).item():
-            self.average += 0.1 * (total(row_loss[longest].sum()).item() / count - self.average)
-        mastered = self.average < self.config.mastered or not self.config.curriculum
-        if mastered and self.reached < len(self.train_rows.levels):
-            self.reached, self.average = self.reached + 1, 1.0
-        elif mastered and self.model.gate is not None and self.step >= self.config.free * self.config.steps:
+    def charge(self) -> None:
+        """Thoughts begin to cost once the last level is learned or, late, when it evidently is not; then all levels are in use."""
+        c, curriculum = self.config, self.curriculum
+        if self.step == int(LAST_CALL * c.steps) and not curriculum.learned:
+            if not RANK:
+                print(f"level {curriculum.newest[0]} is not learned after {self.step} steps: from here on all levels are in use", flush=True)
+            curriculum.open()
+        late = self.step >= LAST_CALL * c.steps
+        if self.model.gate is not None and self.step >= c.free * c.steps and (curriculum.learned or late):
             self.paid = True
-
-    def split(self, roll: Rollout) -> None:
-        used = total(torch.bincount(roll.stream[:, 1:][roll.thinks[:, :-1]].cpu() - self.model.config.vocab_size, minlength=self.config.n_think))
-        self.usage += 0.05 * (used / used.sum().clamp(min=1) - self.usage)
-        early = self.step < 0.5 * self.config.free * self.config.steps  # a split disturbs; there must be time to settle
-        growing = self.reached < len(self.train_rows.levels) or early and not self.config.curriculum
-        if self.config.split_every and growing and self.step % self.config.split_every == self.config.split_every - 1:
-            split_thought(self.model, self.optimiser, self.usage, self.generator)
 
     def validate(self) -> dict:
         """{level: share of validation rows answered right, or nats a token where there is no answer}, greedy, with its own chance."""
@@ -214,8 +254,8 @@ class Trainer:
             "meta": self.meta,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
-            "progress": {"step": self.step, "seconds": self.seconds, "reached": self.reached, "average": self.average, "paid": self.paid},
-            "usage": self.usage,
+            "progress": {"step": self.step, "seconds": self.seconds, "paid": self.paid},
+            "curriculum": self.curriculum.state(),
             "random": [self.generator.get_state(), self.noise.get_state(), torch.get_rng_state()],
         }
 
@@ -226,7 +266,7 @@ class Trainer:
         self.optimiser.load_state_dict(state["optimiser"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
-        self.usage = state["usage"].cpu()
+        self.curriculum.load_state(state["curriculum"])
         self.generator.set_state(state["random"][0].cpu())
         self.noise.set_state(state["random"][1].cpu())
         torch.set_rng_state(state["random"][2].cpu())
@@ -292,6 +332,15 @@ def prepare_out(trainer: Trainer) -> None:
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
+def what_was_learned(trainer: Trainer) -> str:
+    """One line about levels and price."""
+    learned, every = trainer.curriculum.mastered, trainer.curriculum.every
+    line = f"learned: levels {learned[0]} to {learned[-1]}" if learned else "no level was learned"
+    line += "" if len(learned) == len(every) else f"; not learned: {every[len(learned)]} to {every[-1]}"
+    line = line if trainer.config.curriculum else "all levels were in use from the start"
+    return line + ("; thoughts never cost anything" if trainer.config.n_bits and not trainer.paid else "")
+
+
 def main(argv: list[str]) -> None:
     config = load_config(argv)
     if WORLD > 1:
@@ -301,7 +350,7 @@ def main(argv: list[str]) -> None:
     count = sum(p.numel() for p in trainer.model.parameters())
     machine = f"{trainer.device}, {torch.get_num_threads()} threads" + f", {WORLD} processes" * (WORLD > 1)
     if not RANK:
-        print(f"{trainer.meta['task']}; {count:,} parameters, {config.n_layer} layers, {config.n_think} thoughts; {machine}", flush=True)
+        print(f"{trainer.meta['task']}; {count:,} parameters, {config.n_layer} layers, thoughts of {config.n_bits} bits; {machine}", flush=True)
     go_on = f"go on with: {f'torchrun --nproc_per_node={WORLD}' if WORLD > 1 else 'python'} train.py {' '.join(argv)} --resume=true"
     try:
         finished = train(trainer)
@@ -317,7 +366,7 @@ def main(argv: list[str]) -> None:
         return
     if not finished:
         sys.exit(f"stopped at step {trainer.step} and saved; {go_on}")
-    print(f"trained in {trainer.seconds:.0f} s; saved {config.out}/checkpoint.pt", flush=True)
+    print(f"{what_was_learned(trainer)}\ntrained in {trainer.seconds:.0f} s; saved {config.out}/checkpoint.pt", flush=True)
     if config.report:
         import report
 

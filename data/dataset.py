@@ -177,9 +177,13 @@ class Rows:
         start = self.start[level]
         return int(self.all.length[start : start + self.count[level]].max())
 
-    def draw(self, size: int, levels: list[int], generator: torch.Generator, shown: float = 0.0) -> Batch:
-        """`size` rows: a level drawn evenly from `levels`, then a row of that level; a share `shown` of them from the rows that show their thoughts."""
-        pick = torch.tensor(levels)[torch.randint(len(levels), (size,), generator=generator)]
+    def draw(self, size: int, levels: list[int], generator: torch.Generator, shown: float = 0.0, newest: int = 0) -> Batch:
+        """
+        `size` rows: a level drawn evenly from `levels`, in half of them from the last `newest` (0: all) of those; then a row of that level; a share `shown` of
+        them from the rows that show their thoughts.
+        """
+        lowest = (torch.rand(size, generator=generator) < 0.5) * (len(levels) - (newest or len(levels)))
+        pick = torch.tensor(levels)[lowest + (torch.rand(size, generator=generator) * (len(levels) - lowest)).long()]
         count = torch.tensor([self.count[k] for k in levels])[torch.searchsorted(torch.tensor(levels), pick)]
         start = torch.tensor([self.start[k] for k in levels])[torch.searchsorted(torch.tensor(levels), pick)]
         chance = torch.rand(size, generator=generator, dtype=torch.double)
@@ -206,13 +210,13 @@ class Text:
         if block < 1 or len(tokens) <= block:
             raise DataError(f"block = {block} does not fit a text of {len(tokens)} tokens")
         self.tokens = torch.from_numpy(tokens.astype(np.int64))
-        self.block, self.levels = block, [block]
+        self.block, self.levels, self.count = block, [block], {block: len(tokens) - block}
 
     def longest(self, level: int) -> int:
         """Predicted tokens in a window: its first token is given."""
         return self.block
 
-    def draw(self, size: int, levels: list[int], generator: torch.Generator, shown: float = 0.0) -> Batch:
+    def draw(self, size: int, levels: list[int], generator: torch.Generator, shown: float = 0.0, newest: int = 0) -> Batch:
         """`size` windows that begin anywhere."""
         return self._take(torch.randint(len(self.tokens) - self.block, (size,), generator=generator))
 
