@@ -39,7 +39,7 @@ class BenchConfig:
     n_head: int = 4
     n_embd: int = 128
     words: int = 65  # V
-    thoughts: int = 64  # K
+    bits: int = 8  # of a thought
     rows: int = 4  # B
     length: int = 256  # columns of a stream, half of them thoughts, where the length is not what varies
     lengths: str = "64,128,256,512,1024"  # columns, for the growth
@@ -100,9 +100,9 @@ def timed(job, device: str):
     return call
 
 
-def make(c: BenchConfig, device: str, n_think: int) -> GPT:
+def make(c: BenchConfig, device: str, n_bits: int) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(c.words, n_think, c.n_layer, c.n_head, c.n_embd)).to(device)
+    return GPT(GPTConfig(c.words, n_bits, c.n_layer, c.n_head, c.n_embd)).to(device)
 
 
 def make_batch(c: BenchConfig, device: str) -> Batch:
@@ -142,10 +142,11 @@ def step_of(model: GPT, batch: Batch, config: Config, thinking: Thinking, paid: 
     return step
 
 
-def training_step(c: BenchConfig, device: str, n_think: int, forget: float = 0.0):
+def training_step(c: BenchConfig, device: str, n_bits: int, forget: float = 0.0):
     """A step of random rows, free phase or plain; see `step_of`."""
-    config = Config(n_think=n_think, forget=forget, prompt_weight=1.0, imitate=0.1 if forget else 0.0, rollouts=1)
-    return step_of(make(c, device, n_think), make_batch(c, device), config, Thinking(hold=1.0), False, device)
+    how = {"prompt_weight": 1.0, "imitate": 0.1 if forget else 0.0, "rollouts": 1}
+    config, batch = Config(n_bits=n_bits, forget=forget, **how), make_batch(c, device)
+    return step_of(make(c, device, n_bits), batch, config, Thinking(hold=1.0), False, device)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -153,11 +154,13 @@ def training_step(c: BenchConfig, device: str, n_think: int, forget: float = 0.0
 
 
 @torch.no_grad()
-def without_cache(model: GPT, real: torch.Tensor, columns: int, noise, choose=draw) -> torch.Tensor:
+def without_cache(model: GPT, real: torch.Tensor, columns: int, generator) -> torch.Tensor:
     """A thought behind each real token, the whole stream computed again for each column -> (B, columns)."""
     stream = real[:, :1]
     for column in range(columns - 1):
-        thought = model.config.vocab_size + choose(model.think(stream).thoughts[:, -1], noise)
+        noise = model.thoughts.noise(len(real), generator=generator)
+        thought = model.thoughts.choose(model.think(stream).thoughts[:, -1], noise)
+        thought = model.config.vocab_size + thought
         stream = torch.cat([stream, (real[:, column // 2 + 1] if column % 2 else thought)[:, None]], dim=1)
     return stream
 
@@ -168,7 +171,8 @@ def transformers_sampler(c: BenchConfig, device: str, noise):
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         return None
-    shape = GPT2Config(vocab_size=c.words + c.thoughts, n_positions=c.length, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, bos_token_id=None, eos_token_id=None)
+    shape = {"n_positions": c.length, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
+    shape = GPT2Config(vocab_size=c.words, bos_token_id=None, eos_token_id=None, **shape)
     model = GPT2LMHeadModel(shape).to(device).eval()
 
     @torch.no_grad()
@@ -235,10 +239,10 @@ def print_peak(c: BenchConfig, device: str) -> None:
             return torch.cuda.max_memory_allocated()
         return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-    n_think = c.thoughts * (c.peak == "hybrid")
-    training_step(dataclasses.replace(c, rows=1, length=16), device, n_think)()
+    n_bits = c.bits * (c.peak == "hybrid")
+    training_step(dataclasses.replace(c, rows=1, length=16), device, n_bits)()
     before = peak()
-    training_step(c, device, n_think)()
+    training_step(c, device, n_bits)()
     print(peak() - before)
 
 
@@ -250,8 +254,9 @@ def growth(c: BenchConfig, device: str):
     """Steps and rollouts at several lengths, widths and batch sizes -> a row of the table for each."""
     shapes = [dataclasses.replace(c, length=int(n)) for n in c.lengths.split(",")] + [dataclasses.replace(c, n_embd=w) for w in (c.n_embd // 2, 2 * c.n_embd)]
     for s in shapes + [dataclasses.replace(c, rows=n) for n in (max(1, c.rows // 4), 4 * c.rows)]:
-        model, batch, noise, passes = make(s, device, s.thoughts), make_batch(s, device), torch.Generator(device).manual_seed(0), []
-        plain, hybrid = (training_step(s, device, n_think) for n_think in (0, s.thoughts))
+        model, batch, passes = make(s, device, s.bits), make_batch(s, device), []
+        noise = torch.Generator(device).manual_seed(0)
+        plain, hybrid = (training_step(s, device, n_bits) for n_bits in (0, s.bits))
         jobs = {"plain": plain, "hybrid": hybrid} | three_rollouts(model, batch, Thinking(hold=1.0), noise, passes)
         took = alternately({name: timed(job, device) for name, job in jobs.items()}, c.repeats)
         memory = {f"{kind} step, MB": bytes / 1e6 for kind in ("plain", "hybrid") if (bytes := peak_memory(s, device, kind)) is not None}
@@ -293,13 +298,18 @@ def parts(steps: dict, repeats: int):
 
 
 def random_steps(c: BenchConfig, device: str) -> dict:
-    return {"plain": training_step(c, device, 0), "hybrid": training_step(c, device, c.thoughts), "hybrid, forgetting": training_step(c, device, c.thoughts, 0.8)}
+    return {
+        "plain": training_step(c, device, 0),
+        "hybrid": training_step(c, device, c.bits),
+        "hybrid, forgetting": training_step(c, device, c.bits, 0.8),
+    }
 
 
 def trained_steps(c: BenchConfig, device: str) -> dict:
     """Steps of a trained model, should it train on, and of an untrained plain one of its shape, on the same rows of its data, of all lengths."""
     model, vocabulary, state = load_model(c.run, device)
-    config, silent = Config(**state["config"]), {"n_think": 0, "observer": "", "done": False, "recall": False, "revise": False}
+    config = Config(**state["config"])
+    silent = {"n_bits": 0, "observer": "", "done": False, "recall": False, "revise": False}
     split = load_split(config.data, "train", vocabulary, config.block, config.demonstrate)
     rows = max(1, config.batch_tokens // split.longest(split.levels[-1]) // config.rollouts)
     batch = split.draw(rows, split.levels, torch.Generator().manual_seed(0)).to(device).repeat(config.rollouts)
@@ -332,7 +342,8 @@ def masks(c: BenchConfig, device: str):
 
 def peers(c: BenchConfig, device: str):
     """The same columns by other ways, each against ours in the same turn."""
-    model, batch, noise = make(c, device, c.thoughts), make_batch(c, device), torch.Generator(device).manual_seed(0)
+    model, batch = make(c, device, c.bits), make_batch(c, device)
+    noise = torch.Generator(device).manual_seed(0)
     start = torch.zeros(c.rows, c.length + 1, dtype=torch.long, device=device)
     given, length = torch.ones_like(start[:, 0]), torch.full_like(start[:, 0], c.length + 1)
     on_gpu = {"rollout as a CUDA graph": lambda: rollout(model, batch.real, batch.length, Thinking(hold=1.0), noise, graph=True)} if device == "cuda" else {}
@@ -376,7 +387,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(c.threads)
     if c.peak:
         return print_peak(c, device)
-    model = "" if c.run else f", {c.n_layer} layers, {c.words} words, {c.thoughts} thoughts"
+    model = "" if c.run else f", {c.n_layer} layers, {c.words} words, {c.bits} bits"
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads{model}; medians of {c.repeats} turns")
     if c.run:
         found = {"trained": table(f"The rollouts of {c.run}", trained(c, device))}

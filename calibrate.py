@@ -57,7 +57,7 @@ class CalibrationConfig:
 def ranks(x: Tensor) -> Tensor:
     """(N,) -> (N,) ranks from 1, equal values sharing their mean rank."""
     _, place, count = x.double().unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count - 1) / 2)[place]
+    return (count.cumsum(0) - (count - 1).double() / 2)[place]
 
 
 def auroc(score: Tensor, event: Tensor) -> float:

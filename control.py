@@ -81,7 +81,9 @@ def revise(model: GPT, batch: Batch, thinking: Thinking, samples: int, revisions
     return result
 
 
-def told(roll: Rollout, batch: Batch, V: int, K: int, runs: int, back: int, donor: Tensor) -> tuple[Noise, Tensor]:
+def told(
+    model: GPT, roll: Rollout, batch: Batch, runs: int, back: int, donor: Tensor
+) -> tuple[Noise, Tensor]:
     """
     Dice loaded so that each row thinks again what it thought in `roll`, up to the token of its prompt that is `back` before the last; but behind that token,
     what the row `donor` (B,) thought there; and from then on what it likes. -> noise for a greedy `speak`; rows that had such a thought, and donors (B,) bool.
@@ -89,15 +91,17 @@ def told(roll: Rollout, batch: Batch, V: int, K: int, runs: int, back: int, dono
     (B, T), rows = batch.real.shape, torch.arange(len(donor), device=donor.device)
     c = torch.arange(roll.stream.size(1), device=donor.device)
     run = c - torch.where(roll.holds_real, c, 0).cummax(dim=1).values  # (B, C) thoughts behind the last real token so far
-    place, thought = (roll.pointer - 1) * runs + run, F.pad(roll.stream[:, 1:] - V, (0, 1))
+    place = (roll.pointer - 1) * runs + run
+    thought = F.pad(roll.stream[:, 1:] - model.config.vocab_size, (0, 1))
     thoughts = torch.full((B, T * runs), -1, device=donor.device)
     thoughts[rows[:, None].expand_as(place)[roll.thinks], place[roll.thinks]] = thought[roll.thinks]
     thoughts, here = thoughts.view(B, T, runs), batch.prompt - 1 - back
     own, other = thoughts[rows, here], thoughts[donor, here[donor]]  # (B, runs)
     thoughts[rows, here] = other
     half = torch.full((B, T * runs), 0.5, device=donor.device)  # no chance: who is greedy and asks a gate needs none
-    even = Noise(half, half.new_zeros(B, T * runs, K), half[:, :T])
-    return load_dice(even, thoughts, torch.arange(T, device=donor.device) <= here[:, None]), (own[:, 0] >= 0) & (other[:, 0] >= 0)
+    even = Noise(half, half.new_zeros(B, T * runs, model.config.n_bits), half[:, :T])
+    where = torch.arange(T, device=donor.device) <= here[:, None]
+    return load_dice(model, even, thoughts, where), (own[:, 0] >= 0) & (other[:, 0] >= 0)
 
 
 def follow(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
@@ -106,7 +110,7 @@ def follow(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
     one (in a chain, the last operation), or "earlier" by one token. The donor is a row that goes on with the same tokens, and has another answer: who follows the
     thought gives the donor's answer. Share of rows that do, and share that give their own all the same, of rows that were right, as was the donor.
     """
-    result, config = {}, model.config
+    result = {}
     for level in split.levels:
         batch, generator = split.first(rows, level).to(model.embedding.weight.device), torch.Generator(model.embedding.weight.device).manual_seed(level)
         greedy, line, B = dataclasses.replace(thinking, greedy=True), {}, len(batch.real)
@@ -122,7 +126,7 @@ def follow(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
             other = other & ~same(batch.real[:, None], batch.real) & right & right[:, None]
             score = other * torch.rand(B, B, generator=generator, device=right.device)
             donor, found = score.argmax(dim=1), other.any(dim=1)
-            noise, there = told(roll, batch, config.vocab_size, config.n_think, greedy.max_run, back, donor)
+            noise, there = told(model, roll, batch, greedy.max_run, back, donor)
             again, asked = speak(model, batch.real, batch.prompt, batch.length, greedy, generator, noise=noise), found & there
             counts = {"follows": same(again.real, batch.real[donor]), "keeps": same(again.real, batch.real)}
             if asked.any():
@@ -153,8 +157,9 @@ def hidden(models: int) -> dict:
         draw = torch.Generator().manual_seed(seed)
         pick = lambda options: options[int(torch.randint(len(options), (), generator=draw))]  # noqa: E731
         torch.manual_seed(seed)
-        V, K = pick([2, 5, 9]), pick([0, 1, 4])
-        model = GPT(GPTConfig(V, K, pick([1, 2]), 1, 8, done=bool(K) and pick([True, False]), recall=pick([True, False]), revise=pick([True, False]))).eval()
+        V, bits, layers, coin = pick([2, 5, 9]), pick([0, 1, 2]), pick([1, 2]), [True, False]
+        control = {"done": bool(bits) and pick(coin), "recall": pick(coin), "revise": pick(coin)}
+        model = GPT(GPTConfig(V, bits, layers, 1, 8, **control)).eval()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=pick([0.3, 1.0, 3.0]))
         hold = {"hold": pick([None, 0.7, 1.0]), "hold_recall": pick([None, 0.5, 1.0])}

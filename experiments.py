@@ -49,8 +49,7 @@ def ablations() -> dict:
         "no curriculum": ["--curriculum=false"],
         "words charged only where spoken": ["--charge_thinking=0"],
         "no imitation": ["--imitate=0"],
-        "no splitting": ["--split_every=0"],
-        "one token a character": ["--data=out/data/characters", "--n_think=48"],
+        "one token a character": ["--data=out/data/characters"],
         "one token a character, thoughts after digits only": ["--data=out/data/characters_digits"],
     }
     base = [*CHAIN, "--n_layer=1", "--steps=800", "--free=1"]
@@ -75,7 +74,7 @@ def addition() -> dict:
     forwards, backwards = ["config/addition.toml", "--data=out/data/addition_forwards"], ["--data=out/data/addition_reversed", "--steps=3000"]
     thinking = ["config/addition.toml", *backwards, "--think_cost=0.1"]
     rows = {
-        "plain": [*forwards, "--n_think=0"],
+        "plain": [*forwards, "--n_bits=0"],
         "thinking, half of the rows forget": forwards,
         "reversed, plain": ["config/plain.toml", MANY, *backwards, "--n_layer=2", "--curriculum=true", "--report=true"],
         "reversed, thinking first free, then paid": [*thinking, "--explore=0.05"],
@@ -88,7 +87,7 @@ def shakespeare() -> dict:
     """Characters of a text: plain, thinking at two prices, and notes that outlive forgetting; three seeds, or one."""
     beside = {s: f"--plain=out/shakespeare/plain_{s}" for s in SEEDS[:3]}
     notes = {s: ["config/shakespeare_notes.toml", f"--seed={s}", beside[s]] for s in SEEDS[:3]}
-    dear = ["--think_cost=0.1", "--free=0.5", "--gate_init=0.9", "--gate_lr=0.01", "--sharp=4"]
+    dear = ["--think_cost=0.1", "--free=0.5", "--gate_init=0.9", "--gate_lr=0.01"]
     more = ["--steps=1000", "--lr=5e-4", "--hold=0.1"]
     return {  # in this order, since some begin with the weights of others
         "plain": {f"plain_{s}": ["config/shakespeare_plain.toml", f"--seed={s}", "--report=true"] for s in SEEDS[:3]},
@@ -148,7 +147,7 @@ def revise() -> dict:
 def demonstrations() -> dict:
     """A share of the rows says what to think where: how soon the rest is learned, and whether answers follow thoughts. One layer, 800 steps, three seeds."""
     base = [*CHAIN, "--steps=800", "--free=1", "--report=false", "--eval_every=50", "--data=out/data/demonstrated"]
-    every = ["--curriculum=false", "--split_every=0"]  # who is shown the thoughts of long rows needs no short ones first
+    every = ["--curriculum=false"]  # who is shown thoughts of long rows needs no short ones first
     kinds = {
         "none shown, short rows first": ["--demonstrate=0"],
         "none shown, all lengths at once": ["--demonstrate=0", "--curriculum=false"],
@@ -163,7 +162,8 @@ def demonstrations() -> dict:
 
 def done() -> dict:
     """Up to three thoughts in a row, ended by the gate or by DONE: found, one seed, or shown that one is enough, three seeds. One layer."""
-    shown = ["--data=out/data/demonstrated", "--curriculum=false", "--split_every=0", "--steps=400", "--free=1", "--report=false"]
+    shown = ["--data=out/data/demonstrated", "--curriculum=false", "--steps=400", "--free=1"]
+    shown += ["--report=false"]
     rows = {}
     for kind, options, some in (("found", [], SEEDS[:1]), ("shown", shown, SEEDS[:3])):
         for ends, how in (("gate", []), ("DONE", ["--done=true"])):

@@ -291,9 +291,9 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         error = observer_loss(full.readings, (loss_full, worth, -returns), (roll.valid, known, roll.valid))
         loss, log["observer"] = loss + config.observer_weight * error, error.item()
     if model.config.n_think and config.thought_grad == "reinforce":  # what to think, without the echo
-        returns = return_to_go(loss_kept.detach() * weight, roll, 0.0, config.horizon)
-        action = thought_log_probability(model, full.thoughts, roll)
-        loss = loss + policy_gradient(action, returns - leave_one_out(returns, roll, config.rollouts), roll.thinks & ~shown)
+        returns = return_to_go(loss_kept.detach() * weight, short, 0.0, config.horizon)
+        action = thought_log_probability(model, full.thoughts, short)
+        loss = loss + policy_gradient(action, returns - leave_one_out(returns, short, config.rollouts), short.thinks & ~shown)
     if batch.thoughts.size(2):  # what to think, and when, as demonstrated
         told = thought_log_probability(model, full.thoughts, roll)
         loss = loss - mean(told, roll.thinks & shown) - mean(log_choice(thinking, roll.thinks, 0.0), roll.decides & shown)

@@ -92,7 +92,7 @@ def look(model: GPT, stream: Tensor, mask: Tensor | None = None, position: Tenso
     heads = model.config.n_head
     lens, words, p = [], [], []
     for x in below[1:]:
-        said = model.head(model.norm(x))[..., : model.config.vocab_size].softmax(dim=-1)  # (B, C, V); one layer at a time, V may be 50,000
+        said = model.head(model.norm(x)).softmax(dim=-1)  # (B, C, V); by layer: V may be 50,000
         top = said.topk(min(TOP, said.size(-1)))
         lens, words, p = lens + [torch.special.entr(said).sum(dim=-1)], words + [top.indices], p + [top.values]
     lens = torch.stack(lens, dim=2)

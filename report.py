@@ -110,13 +110,22 @@ def mutual_information(counts: Tensor) -> float:
     return (torch.xlogy(joint, joint) - torch.xlogy(joint, independent)).sum().item()
 
 
+def by_chance(thoughts: Tensor, labels: Tensor) -> float:
+    """
+    What shuffled labels seem to tell of the thoughts, in nats: the bias of `mutual_information` in
+    so small a sample. It grows with the number of different thoughts.
+    """
+    shuffle = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return mutual_information(joint_counts(thoughts, labels[shuffle])[1])
+
+
 def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict, device: str) -> dict:
     """
     What each thought has come to mean. probe.json holds rows of text and, for every token, a label: what one would have in mind there.
     Counts the thought that follows a token (if any) against the token's label -> mutual information
-    and entropy in nats, and the table: "thoughts" are the numbers of those that occur, and "counts"
-    has a row for each of them; "silent" is the share of tokens of each label that no thought
-    follows: silence can be a symbol, too.
+    and entropy in nats, what of it is there by chance, and the table: "thoughts" are the numbers of
+    those that occur, and "counts" has a row for each of them; "silent" is the share of tokens of
+    each label that no thought follows: silence can be a symbol, too.
     """
     ids = [vocabulary.encode(text) for text in probe["rows"]]
     length = torch.tensor([len(row) for row in ids], device=device)
@@ -129,7 +138,8 @@ def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict,
     label = labels.gather(1, roll.pointer - 1)  # of the last real token at or before a column
     where = (roll.thinks & roll.valid & (label >= 0))[:, :-1]
     thoughts = (roll.stream[:, 1:][where] - model.config.vocab_size).cpu()
-    used, counts = joint_counts(thoughts, label[:, :-1][where].cpu())
+    labels = label[:, :-1][where].cpu()
+    used, counts = joint_counts(thoughts, labels)
     counts = F.pad(counts, (0, len(probe["values"]) - counts.size(1)))
     here = roll.holds_real & roll.valid & (label >= 0)
     silent = [round((~roll.thinks[here & (label == k)]).float().mean().item(), 4) for k in range(len(probe["values"]))]
@@ -140,6 +150,7 @@ def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict,
     return {
         "label": probe["name"],
         "mutual_information": round(mutual_information(counts), 4),
+        "by_chance": round(by_chance(thoughts, labels), 4),
         "label_entropy": round(mutual_information(torch.diag(counts.sum(0))), 4),
     } | found
 
@@ -147,7 +158,7 @@ def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict,
 def most_used_thought(model: GPT, rows: Rows, thinking: Thinking, config: ReportConfig) -> int:
     generator = torch.Generator(config.device).manual_seed(0)
     roll, _ = evaluate(model, rows.first(config.rows, rows.levels[-1]).to(config.device), thinking, generator)
-    thoughts = roll.stream[roll.stream >= model.config.vocab_size] - model.config.vocab_size
+    thoughts = roll.stream[:, 1:][roll.thinks[:, :-1]] - model.config.vocab_size
     return int(thoughts.mode().values) if len(thoughts) else 0
 
 
@@ -227,7 +238,9 @@ def print_table(report: dict) -> None:
         line = report["modes"]["policy"]["thoughts_per_row"]
         print(f"{'thoughts a row':16s}" + "".join(f"{line[n]:7.1f}" if n in line else f"{'-':>7s}" for n in levels))
     if m := report.get("meaning"):
-        print(f"a thought tells {m['mutual_information']:.2f} of {m.get('label_entropy', 0):.2f} nats of the {m['label']}")
+        told, there = m["mutual_information"], m.get("label_entropy", 0)
+        chance = f"{m.get('by_chance', 0):.2f} with labels shuffled"
+        print(f"a thought tells {told:.2f} of {there:.2f} nats of the {m['label']} ({chance})")
 
 
 def draw(report: dict, metrics: list[dict], path: Path) -> None:
@@ -268,9 +281,9 @@ def draw(report: dict, metrics: list[dict], path: Path) -> None:
         if order:
             share = (counts / counts.sum(0).clamp(min=1)).T[:, order]
             b.imshow(share, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-        some = range(0, len(order), 1 + len(order) // NAMED)
-        turned = 90 if len(some) > NAMED // 2 else 0
-        b.set_xticks(some, [m["thoughts"][order[i]] for i in some], rotation=turned)
+        some = range(0, len(order), max(1, math.ceil(len(order) / NAMED)))
+        names = [str(m["thoughts"][order[i]]) for i in some]
+        b.set_xticks(some, names, rotation=90 if len("".join(names)) > 2 * NAMED else 0)
         b.set_yticks(range(len(m["values"])), m["values"])
         b.set(xlabel="thought", ylabel=m["label"], title=f"what thoughts mean: {m['mutual_information']:.2f} of {m.get('label_entropy', 0):.2f} nats of the {m['label']}")
     else:

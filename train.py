@@ -79,10 +79,8 @@ class Curriculum:
         return self.levels if self.learned else self.levels[: -len(self.newest)]
 
     def open(self) -> None:
-        """Take in all levels that are left."""
-        if len(self.levels) < len(self.every):
-            self.stages = self.stages[: self.stage + 1] + [len(self.every)]
-            self.stage += 1
+        """Take in all levels that are left, together with the newest, which are not mastered."""
+        self.stages = self.stages[: self.stage] + [len(self.every)]
 
     @property
     def emphasised(self) -> int:

@@ -17,11 +17,14 @@ from model import GPT, GPTConfig  # noqa: E402
 
 @pytest.fixture
 def tiny():
-    """(V=5, K=3, ...) -> GPT in evaluation mode; its gate is random, so about half of the columns think."""
+    """
+    (V=5, d=2 bits, K=4, ...) -> GPT in evaluation mode; its gate is random, so about half of the
+    columns think.
+    """
 
     def make(seed=0, **changes):
         torch.manual_seed(seed)
-        sizes = {"vocab_size": 5, "n_think": 3, "n_layer": 2, "n_head": 2, "n_embd": 16}
+        sizes = {"vocab_size": 5, "n_bits": 2, "n_layer": 2, "n_head": 2, "n_embd": 16}
         model = GPT(GPTConfig(**(sizes | changes)))
         for parameter in model.parameters():  # far from the small weights of the start, where every column is alike
             torch.nn.init.normal_(parameter, std=0.5)
@@ -38,8 +41,11 @@ def chains(tmp_path_factory):
     return folder
 
 
-def prepare(folder, *arguments):
-    return call("data/arithmetic/prepare.py", f"--out={folder}", *arguments, check=True)
+ARITHMETIC, AUTOMATA = "data/arithmetic/prepare.py", "data/automata/prepare.py"
+
+
+def prepare(folder, *arguments, script=ARITHMETIC):
+    return call(script, f"--out={folder}", *arguments, check=True)
 
 
 def call(script, *arguments, check=False, **options):

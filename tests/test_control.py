@@ -1,6 +1,7 @@
 """Control tokens: DONE, RECALL, REVISE. The loop in plain Python beside the real one, and what no token may do."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import stream
 from data.dataset import Batch
 from loss import first_pass, hybrid_loss, return_to_go, with_wrong_words, wrong_words
 from runs import Config
-from stream import Thinking, draw_noise, generate, gumbel, load_dice, read, rollout, speak
+from stream import Thinking, draw_noise, generate, load_dice, read, rollout, speak
 
 
 def seeded(seed):
@@ -28,7 +29,8 @@ def slow_speak(model, row, real, given, length, thinking, generator, stop=-1):
     stream, pointer, run, spent, stack, taken, forbidden = [real[0]], 1, 0, 0, [], [], {}
     chance = lambda p, uniform, hold: uniform < (hold if hold is not None else p.round() if thinking.greedy else p)  # noqa: E731
     while pointer < length:
-        words_noise = 0 if thinking.greedy else gumbel(torch.empty(rows, V), generator)[row]
+        waits = torch.empty(rows, V)  # Gumbel noise is minus the logarithm of exponential waits
+        words_noise = 0 if thinking.greedy else -waits.exponential_(generator=generator).log()[row]
         context = torch.tensor([token for token in stream[:-1] if token != V + K] + stream[-1:])  # a RECALL is seen by nobody but itself
         c, opened = torch.arange(len(context)), stream[-1] == V + K
         mask = (c[:, None] - c < (thinking.window or len(c))) & (c[:, None] >= c)
@@ -49,7 +51,10 @@ def slow_speak(model, row, real, given, length, thinking, generator, stop=-1):
         may = K and thinking.mode != "never" and run < runs and not opened and not (thinking.budget and spent >= thinking.budget)
         hold = None if thinking.hold is None else thinking.hold if run == 0 else 1.0
         if may and chance((go_on if run else gate).sigmoid(), noise.think[row, place], hold):
-            stream, run, spent = stream + [V + int((thoughts if noise.thought is None else thoughts + noise.thought[row, place]).argmax())], run + 1, spent + 1
+            drawn = [0.0] * len(thoughts) if noise.thought is None else noise.thought[row, place]
+            bits = [math.tanh(h) + 0.3 * e > 0 for h, e in zip(thoughts.tolist(), drawn)]
+            thought = sum(2**i for i, bit in enumerate(bits) if bit)
+            stream, run, spent = stream + [V + thought], run + 1, spent + 1
         elif can.recall and not opened and chance(recall.sigmoid(), noise.recall[row, pointer - 1], thinking.hold_recall):
             stream, run = stream + [V + K], 0
         else:
@@ -65,8 +70,10 @@ def some_model(tiny, case):
     """A random model with random control tokens, far from its start; and how it is to think."""
     draw = seeded(case)
     pick = lambda options: options[int(torch.randint(len(options), (), generator=draw))]  # noqa: E731
-    K = pick([0, 3])
-    model = tiny(case, n_think=K, n_layer=pick([1, 2]), done=bool(K) and pick([True, False]), recall=pick([True, False]), revise=pick([True, True, False]), observer=pick(["", "0"]))
+    bits, layers, coin = pick([0, 2]), pick([1, 2]), [True, False]
+    control = {"done": bool(bits) and pick(coin), "recall": pick(coin)}
+    control["revise"] = pick([True, *coin])
+    model = tiny(case, n_bits=bits, n_layer=layers, observer=pick(["", "0"]), **control)
     with torch.no_grad():
         if model.regret is not None:
             model.regret.bias += pick([0.0, 2.0])
@@ -178,8 +185,9 @@ def test_one_pass_over_a_stream_sees_what_was_seen_column_by_column(tiny):
 
 
 def test_recall_sees_past_the_window_and_past_a_cut_and_nobody_else_does(tiny):
-    model = tiny(n_think=0, recall=True)
+    model = tiny(n_bits=0, recall=True)
     roll = rollout(model, torch.tensor([[1, 2, 3, 4]]), torch.tensor([4]), Thinking(hold_recall=1.0))._replace(stream=torch.tensor([[1, 2, 5, 3]]))
+    roll = roll._replace(valid=torch.ones(1, 4, dtype=torch.bool))
     roll = roll._replace(recalls=torch.tensor([[False, True, False, False]]))  # columns 1, 2, RECALL, 3
     assert roll.position.tolist() == [[0, 1, 2, 2]], "it leaves no trace: the next column stands in its place, and does not see it"
     assert roll._replace(window=2).view()[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 0, 1]]
@@ -189,7 +197,7 @@ def test_recall_sees_past_the_window_and_past_a_cut_and_nobody_else_does(tiny):
 
 
 def test_recall_has_its_price_by_hand(tiny):
-    model = tiny(n_think=0, recall=True)
+    model = tiny(n_bits=0, recall=True)
     roll = rollout(model, torch.tensor([[1, 2, 3]]), torch.tensor([3]), Thinking(hold_recall=1.0))
     assert roll.stream.tolist() == [[1, 5, 2, 5]] and roll.recalls.tolist() == [[True, False, True, False]]
     loss = torch.tensor([[9.0, 1.0, 9.0, 2.0]])  # only the columns that speak count
@@ -197,15 +205,20 @@ def test_recall_has_its_price_by_hand(tiny):
     assert return_to_go(loss, roll, 0.0, horizon=1, recall_cost=0.5).tolist() == [[-1.5, -1.0, -2.5, -2.0]]
 
 
-def test_done_is_one_more_choice_beside_the_thoughts(tiny):
+def test_done_is_a_decision_of_its_own_beside_the_gate(tiny):
     model = tiny(done=True)
     x = torch.tensor([[1, 5, 6]])
     out = model(x)
     seen, _ = model.trunk(x)
-    both = torch.cat([out.thoughts, model.gate(seen)[..., 1:2]], dim=-1).softmax(dim=-1)  # K thoughts and DONE
-    torch.testing.assert_close(out.go_on.sigmoid(), both[..., :-1].sum(dim=-1))
+    done = model.gate(seen)[..., 1].sigmoid()  # probability of DONE, inside a run
+    torch.testing.assert_close(out.go_on.sigmoid(), 1 - done)
+    in_runs = out.thinking(torch.tensor([[0, 1, 2]]))[:, 1:]
+    torch.testing.assert_close(in_runs.sigmoid(), 1 - done[:, 1:])
+    torch.testing.assert_close(out.thinking(0).sigmoid(), model.gate(seen)[..., 0].sigmoid())
     out.go_on.sum().backward()
-    assert model.head.weight.grad is None and model.gate.weight.grad[1].abs().sum() > 0, "when to stop does not shape what is thought"
+    assert model.gate.weight.grad[1].abs().sum() > 0 and not model.gate.weight.grad[0].any()
+    others = [p.grad for name, p in model.named_parameters() if not name.startswith("gate.")]
+    assert others == [None] * len(others), "when to stop does not shape what is thought"
 
 
 def test_wrong_words_stand_in_the_answer_and_are_wrong():
@@ -241,11 +254,12 @@ def test_a_wrong_word_beside_the_stream_says_what_it_would_say_in_its_place_and_
 
 
 def test_a_wrong_word_weighs_as_much_as_a_right_one_by_hand(tiny):
-    model = tiny(n_think=0, revise=True)
+    model = tiny(n_bits=0, revise=True)
     real = torch.tensor([[1, 2, 3, 4]])
     batch = Batch.plain(real, torch.tensor([4]), torch.tensor([2]), torch.tensor([0]))._replace(wrong=torch.tensor([[-1, -1, 0, -1]]))
     roll = rollout(model, real, batch.length, Thinking())
-    _, regret = first_pass(model, model.embedding(roll.stream), roll, batch, Config(n_think=0, revise=True))
+    here, config = model.embed(roll.stream), Config(n_bits=0, revise=True)
+    _, regret = first_pass(model, here, roll, batch, config)
     alone = -model(torch.tensor([[1, 2, 0]])).words[0, 2].log_softmax(-1)[5]
     torch.testing.assert_close(regret, alone / 2)  # one wrong word, two words of the answer
 
@@ -257,7 +271,8 @@ def test_loaded_dice_make_a_row_think_what_it_is_told_and_leave_the_others_alone
         thinking = Thinking(max_run=3, hold=hold)
         noise = draw_noise(model, 2, 4, thinking, seeded(0))
         free = rollout(model, real, length, thinking, noise=noise)
-        roll = rollout(model, real, length, thinking, noise=load_dice(noise, told, torch.tensor([[True], [False]])))
+        loaded = load_dice(model, noise, told, torch.tensor([[True], [False]]))
+        roll = rollout(model, real, length, thinking, noise=loaded)
         assert roll.alone(0).stream.tolist() == [[1, 5, 7, 2, 3, 6]]
         assert roll.alone(1).stream.tolist() == free.alone(1).stream.tolist()
 
@@ -266,20 +281,24 @@ def test_demonstrated_thoughts_and_gates_are_supervised_by_hand(tiny):
     """Beside the words' loss: -log p of each thought where it is shown, and of the gate's choice wherever it had one."""
     model, real, length = tiny(2), torch.tensor([[1, 2, 3]]), torch.tensor([3])
     batch = Batch.plain(real, length, torch.tensor([2]), length)._replace(thoughts=torch.tensor([[[2], [-1], [-1]]]), shown=torch.tensor([True]))
-    noise = load_dice(draw_noise(model, 1, 3, Thinking(), seeded(0)), batch.thoughts, batch.shown[:, None])
-    roll = rollout(model, real, length, Thinking(), noise=noise)
+    noise = draw_noise(model, 1, 3, Thinking(), seeded(0))
+    loaded = load_dice(model, noise, batch.thoughts, batch.shown[:, None])
+    roll = rollout(model, real, length, Thinking(), noise=loaded)
     assert roll.stream.tolist() == [[1, 7, 2]]
     config = Config(forget=0.0, imitate=0.0)
     taught, _ = hybrid_loss(model, roll, batch, config, False)
     alone, _ = hybrid_loss(model, roll, batch._replace(thoughts=batch.thoughts[:, :, :0]), config, False)
     out = model(roll.stream)
     gates = out.gate[0].sigmoid().log()[0] + (-out.gate[0]).sigmoid().log()[2]  # thinks behind 1, may and does not behind 2
-    torch.testing.assert_close(taught - alone, -out.thoughts[0, 0].log_softmax(-1)[2] - gates / 2)
+    a, b = (math.tanh(h) / 0.3 for h in out.thoughts[0, 0].tolist())  # 2: bit 1 alone is set
+    thought = sum(math.log((1 + math.erf(x / 2**0.5)) / 2) for x in (-a, b))  # both by Phi
+    by_hand = -thought - gates.item() / 2
+    torch.testing.assert_close((taught - alone).item(), by_hand, atol=1e-4, rtol=0)
 
 
 def test_control_tokens_can_be_added_to_a_model_that_thinks(tiny):
     model, richer = tiny(observer=""), tiny(seed=1, done=True, recall=True, revise=True, observer="quarters")
-    x = torch.randint(8, (2, 6), generator=seeded(0))
+    x = torch.randint(9, (2, 6), generator=seeded(0))
     with torch.no_grad():
         richer.gate.weight[:, 16:] = 0
     richer.adopt(model.state_dict())

@@ -130,12 +130,15 @@ def refused(script, *arguments, **options):
 
 def test_every_bad_input_gets_one_sentence(chains, tmp_path):
     trained = tmp_path / "run"
-    common = [f"--data={chains}", "--n_layer=1", "--n_embd=16", "--n_head=2", "--n_think=4", "--batch_tokens=64", "--device=cpu", "--report=false"]
+    common = [f"--data={chains}", "--n_layer=1", "--n_embd=16", "--n_head=2", "--n_bits=2"]
+    common += ["--batch_tokens=64", "--device=cpu", "--report=false"]
     call("train.py", *common, "--steps=2", f"--out={trained}", check=True)
 
     assert "'n_layer'" in refused("train.py", "--n_layers=3"), "the nearest key is named"
     assert "not a int" in refused("train.py", "--steps=many")
     assert "n_head" in refused("train.py", *common, "--n_embd=15", f"--out={tmp_path / 'x'}")
+    assert "'n_bits'" in refused("train.py", *common, "--n_bit=3", f"--out={tmp_path / 'x'}")
+    assert "1 to 24 bits" in refused("train.py", *common, "--n_bits=25", f"--out={tmp_path / 'x'}")
     assert "is not here" in refused("train.py", *common, "--device=abacus", f"--out={tmp_path / 'x'}")
     assert "cannot read config" in refused("train.py", "config/missing.toml")
     bad_toml = tmp_path / "bad.toml"

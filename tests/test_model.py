@@ -1,10 +1,11 @@
 """The network and the rollout: every fast path against its slow, obvious twin."""
 
+import math
 
 import pytest
 import torch
 
-from model import GPTConfig, KVCache, Output
+from model import GPT, GPTConfig, KVCache, Output, Thoughts
 from stream import Noise, Thinking, draw, draw_noise, generate, rollout
 
 
@@ -13,9 +14,9 @@ def ids(model, rows=4, columns=9, seed=0):
     return torch.randint(total, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("n_think, observer", [(0, ""), (3, ""), (3, "0,1"), (0, "quarters")])
-def test_one_column_at_a_time_equals_all_at_once(tiny, n_think, observer):
-    model = tiny(n_think=n_think, observer=observer)
+@pytest.mark.parametrize("n_bits, observer", [(0, ""), (2, ""), (2, "0,1"), (0, "quarters")])
+def test_one_column_at_a_time_equals_all_at_once(tiny, n_bits, observer):
+    model = tiny(n_bits=n_bits, observer=observer)
     x = ids(model)
     cache = KVCache(model.config, *x.shape)
     steps = [model(x[:, c : c + 1], cache=cache) for c in range(x.size(1))]
@@ -53,8 +54,10 @@ def test_only_distances_matter_to_rope_so_a_shifted_stream_reads_the_same(tiny):
 
 
 def test_without_thoughts_it_is_exactly_a_plain_gpt(tiny):
-    model = tiny(n_think=0)
-    assert not [name for name in model.state_dict() if "gate" in name] and model.head.out_features == 5
+    model = tiny(n_bits=0)
+    names = " ".join(model.state_dict())
+    assert "gate" not in names and "thoughts" not in names
+    assert model.embedding.num_embeddings == model.head.out_features == 5
     out = model(ids(model))
     assert out.thoughts.shape == (4, 9, 0) and (out.gate == -torch.inf).all()
     real = ids(model)
@@ -67,13 +70,88 @@ def test_without_thoughts_it_is_exactly_a_plain_gpt(tiny):
 def test_embeddings_in_place_of_ids_give_the_same_output(tiny):
     model = tiny()
     x = ids(model)
-    torch.testing.assert_close(model(model.embedding(x)).words, model(x).words)
+    torch.testing.assert_close(model(model.embed(x)).words, model(x).words)
 
 
 def test_the_gate_reads_the_trunk_but_sends_it_no_gradient(tiny):
     model = tiny()
     model(ids(model)).gate.sum().backward()
-    assert model.gate.weight.grad is not None and model.embedding.weight.grad is None
+    reached = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert reached == ["gate.weight", "gate.bias"]
+
+
+# ----------------------------------------------------------------------------------------------
+# thoughts
+
+
+def test_the_bits_of_a_number_by_hand():
+    thoughts = Thoughts(3, 2)
+    found = thoughts.bits(torch.tensor([0, 1, 2, 4, 6, 7])).tolist()
+    assert found[:4] == [[-1, -1, -1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]
+    assert found[4:] == [[-1, 1, 1], [1, 1, 1]]
+
+
+def test_a_thoughts_embedding_is_linear_in_its_bits():
+    thoughts = Thoughts(2, 3)
+    W, b = thoughts.embedding.weight, thoughts.embedding.bias.data.normal_()
+    signs = [(-1, -1), (1, -1), (-1, 1), (1, 1)]
+    by_hand = torch.stack([b + x * W[:, 0] + y * W[:, 1] for x, y in signs])
+    torch.testing.assert_close(thoughts(torch.arange(4)), by_hand)
+
+
+def some_thoughts(d=3):
+    """-> Thoughts of d bits, numbers of one column (d,), and by hand p of each of the K thoughts."""
+    thoughts, h = Thoughts(d, 4), torch.tensor([0.1, -0.4, 0.0, 0.7])[:d]
+    p = [0.5 * (1 + math.erf(math.tanh(x) / 0.3 / math.sqrt(2))) for x in h.tolist()]
+    bits = [[number >> i & 1 for i in range(d)] for number in range(2**d)]
+    each = [math.prod(q if bit else 1 - q for q, bit in zip(p, number)) for number in bits]
+    return thoughts, h, torch.tensor(each)
+
+
+def test_the_probability_of_a_thought_by_hand_and_all_of_them_sum_to_one():
+    thoughts, h, p = some_thoughts()
+    found = thoughts.log_probability(h.expand(8, 3), torch.arange(8)).exp()
+    torch.testing.assert_close(found, p)
+    assert found.sum().item() == pytest.approx(1) and found.min() > 0.001
+
+
+def test_drawn_thoughts_have_those_probabilities():
+    thoughts, h, p = some_thoughts()
+    noise = thoughts.noise(20_000, generator=torch.Generator().manual_seed(0))
+    share = torch.bincount(thoughts.choose(h, noise), minlength=8) / 20_000
+    torch.testing.assert_close(share, p, atol=0.012, rtol=0)
+
+
+def test_the_likeliest_thought_has_a_set_bit_where_the_number_is_positive():
+    thoughts, h, p = some_thoughts(2)
+    assert thoughts.choose(h) == p.argmax() == 1
+    assert thoughts.choose(torch.tensor([-0.1, 0.2])) == 2
+    assert thoughts.choose(torch.zeros(2)) == 0, "a tie is a bit that is not set"
+
+
+def test_the_echo_is_zero_and_its_gradient_is_that_of_bits_that_are_tanh():
+    thoughts, h = Thoughts(3, 5), torch.randn(2, 4, 3, requires_grad=True)
+    g = torch.randn(2, 4, 5)
+    value = thoughts.echo(h)
+    assert value.shape == g.shape and not value.any()
+    (value * g).sum().backward()
+    by_hand = (g @ thoughts.embedding.weight) * (1 - h.detach().tanh() ** 2)
+    torch.testing.assert_close(h.grad, by_hand)
+    assert not thoughts.embedding.weight.grad.any(), "what is zero moves no weight"
+
+
+def test_words_recall_and_thoughts_are_embedded_each_in_its_own_way(tiny):
+    model = tiny(recall=True)  # words 0 .. 4, thoughts 5 .. 8, RECALL 9
+    x = model.embed(torch.tensor([[3, 7, 9, 0, 5]]))[0]
+    rows, thought = model.embedding.weight, model.thoughts
+    assert len(rows) == 6 and torch.equal(x[[0, 2, 3]], rows[[3, 5, 0]])
+    torch.testing.assert_close(x[[1, 4]], thought(torch.tensor([2, 0])))
+
+
+@pytest.mark.parametrize("n_bits", [-1, 25])
+def test_how_many_bits_a_thought_may_have(n_bits):
+    with pytest.raises(ValueError, match="n_bits"):
+        GPT(GPTConfig(vocab_size=3, n_bits=n_bits, n_embd=8))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -133,18 +211,18 @@ def test_the_observer_watches_and_moves_nothing_unless_asked_to(tiny, shapes):
 
 
 class Scripted(torch.nn.Module):
-    """Thinks behind the tokens it is told to, thought number token % K; always would say word 4."""
+    """Thinks behind the tokens it is told to, thought number token % 4; would always say word 4."""
 
     def __init__(self, thinks_behind):
         super().__init__()
-        self.config = GPTConfig(vocab_size=5, n_think=3, n_layer=1, n_head=1, n_embd=2)
-        self.embedding = torch.nn.Embedding(8, 2)
+        self.config = GPTConfig(vocab_size=5, n_bits=2, n_layer=1, n_head=1, n_embd=2)
+        self.embedding, self.thoughts = torch.nn.Embedding(5, 2), Thoughts(2, 2)
         self.thinks_behind = torch.tensor(thinks_behind)
 
     def forward(self, x, mask=None, cache=None):
         cache.length += 1
         words = torch.nn.functional.one_hot(torch.full_like(x, 4), 5).float()
-        thoughts = torch.nn.functional.one_hot(x % 3, 3).float()
+        thoughts = 9 * self.thoughts.bits(x % 4)
         gate = torch.where(torch.isin(x, self.thinks_behind), 9.0, -9.0)
         return Output(words, thoughts, gate, gate, torch.full_like(gate, -torch.inf), words[..., :0])
 
@@ -165,7 +243,7 @@ def test_a_rollout_by_hand():
 
 def test_thoughts_in_a_row_stop_at_max_run_and_follow_only_what_they_may():
     real, length = torch.tensor([[1, 1]]), torch.tensor([2])
-    chatty = Scripted([1, 5, 6, 7])
+    chatty = Scripted([1, 5, 6, 7, 8])
     for run in (1, 2, 4):
         roll = rollout(chatty, real, length, Thinking(greedy=True, max_run=run))
         assert roll.thinks.sum() == run, "a model that would think for ever is stopped, and still speaks"
@@ -185,7 +263,9 @@ def slow_rollout(model, real, length, thinking, noise):
         probability = gate.sigmoid() if thinking.hold is None else thinking.hold if run == 0 else 1.0
         may = run < runs and (run > 0 or thinking.after is None or bool(thinking.after[stream[-1]]))
         if may and noise.think[place] < probability:
-            stream, run = stream + [V + int((thoughts + noise.thought[place]).argmax())], run + 1
+            e = noise.thought[place]
+            bits = [math.tanh(h) + 0.3 * x > 0 for h, x in zip(thoughts.tolist(), e.tolist())]
+            stream, run = stream + [V + sum(2**i for i, bit in enumerate(bits) if bit)], run + 1
         else:
             stream, run, pointer = stream + [int(real[pointer])], 0, pointer + 1
     return stream[:-1]

@@ -14,7 +14,8 @@ from conftest import ROOT, call
 
 from runs import load_checkpoint
 
-SMALL = "--n_layer=1 --n_embd=32 --n_think=6 --warmup=2 --mastered=9 --device=cpu --log_every=1 --eval_rows=10 --report=false".split()
+SMALL = "--n_layer=1 --n_embd=32 --n_bits=3 --warmup=2 --device=cpu --log_every=1".split()
+SMALL += ["--eval_rows=10", "--report=false"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
 
 
@@ -38,10 +39,14 @@ def workers(process):
     return [int(pid) for pid, parent, command in rows if int(parent) == process.pid and "train.py" in command]
 
 
-FREE_AND_PAID = ["--steps=8", "--free=0.4", "--split_every=2", "--rollouts=2"]  # mastered at once, paid from step 5 on
+FREE_AND_PAID = ["--steps=12", "--free=0.4", "--rollouts=2"]
+CHANGES = [  # thoughts cost from step 6 on; or in the last two steps, with all levels in use then
+    ["--observer=0", "--baseline=both", "--explore=0.1", "--curriculum=false"],
+    ["--recall=true", "--window=6", "--revise=true", "--done=true", "--max_run=2"],
+]
 
 
-@pytest.mark.parametrize("changes", [["--observer=0", "--baseline=both", "--explore=0.1"], ["--tell=0.3", "--cut_every=3", "--recall=true", "--window=6", "--revise=true", "--done=true", "--max_run=2"]])
+@pytest.mark.parametrize("changes", CHANGES)
 def test_two_processes_learn_what_one_learns_with_twice_the_batch(chains, tmp_path, changes):
     arguments = [f"--data={chains}", *FREE_AND_PAID, *changes]
     process = start(*arguments, "--batch_tokens=105", f"--out={tmp_path / 'two'}")
@@ -50,15 +55,17 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(chains, tmp_pa
     call("train.py", *SMALL, *arguments, "--batch_tokens=210", f"--out={tmp_path / 'one'}", check=True)
     one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
     torch.testing.assert_close(two["model"], one["model"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(two["usage"], one["usage"])
+    assert two["curriculum"] == one["curriculum"] and one["curriculum"]["right"] > 0
     assert one["progress"]["paid"] and all(map(torch.equal, one["random"], two["random"]))
 
     lines, wanted = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("two", "one"))
-    assert len(lines) == len(wanted) == 8, "one process writes"
+    assert len(lines) == len(wanted) == 12, "one process writes"
+    paid_from = 6 if "--curriculum=false" in changes else 10
+    assert [line["paid"] for line in wanted] == [step >= paid_from for step in range(12)]
     for line, want in zip(lines, wanted):
         for name in set(want) - {"seconds", "tokens_per_second", "passes_per_column", "validation"}:
             assert line[name] == pytest.approx(want[name], abs=1e-5), name
-    assert printed.count("step     7") == printed.count("saved") == 1, "one process speaks"
+    assert printed.count("step    11") == printed.count("saved") == 1, "one process speaks"
     assert {file.name for file in (tmp_path / "two").iterdir()} == {"checkpoint.pt", "config.json", "metrics.jsonl"}
 
 

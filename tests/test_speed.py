@@ -77,7 +77,7 @@ def test_it_settles_in_two_passes_if_thoughts_hang_on_nothing_and_one_by_one_if_
     real, length = torch.randint(5, (4, 20), generator=seeded(0)), torch.full((4,), 20)
     model = tiny()
     with torch.no_grad():
-        model.head.weight[5:] = 0  # thoughts that are noise, and a gate that reads nothing
+        model.thoughts.head.weight.zero_()  # thoughts that are noise, and a gate that reads nothing
         model.gate.weight.zero_()
     assert parallel_rollout(model, real, length, Thinking(max_run=2), seeded(0))[1] <= 3
     assert parallel_rollout(model, real, length, Thinking("constant", hold=1.0), seeded(0))[1] == 1, "known beforehand, and seen to be right"
@@ -95,7 +95,7 @@ def test_what_a_parallel_rollout_cannot_do_is_refused(tiny, chains, tmp_path):
         Trainer(small(chains, tmp_path, rollout="guessed"))
 
 
-@pytest.mark.parametrize("changes", [{"max_run": 2}, {"thought_grad": "reinforce"}, {"n_think": 0}])
+@pytest.mark.parametrize("changes", [{"max_run": 2}, {"thought_grad": "reinforce"}, {"n_bits": 0}])
 def test_training_is_the_same_whichever_way_the_streams_are_found(chains, tmp_path, changes):
     """Bit for bit: both find the same streams, and draw the same noise."""
     states = []
@@ -124,19 +124,38 @@ def test_what_is_packed_says_what_it_says_in_its_stream(tiny, seed):
     draw = seeded(seed)
     model = tiny(seed, observer=("", "quarters")[seed % 2], recall=seed % 3 == 0, n_positions=(0, 60)[seed % 4 == 1]).double()
     real, length = torch.randint(5, (7, 12), generator=draw), torch.tensor([12, 2, 7, 3, 1, 12, 5])
-    roll = rollout(model, real, length, Thinking(max_run=2, window=(0, 4)[seed % 2]), draw)
-    cut = draw_cuts(roll, length, 0.8, 0.3, every=(0, 4)[seed % 2], generator=draw)
-    behind = roll.valid & ((cut.cumsum(dim=1) > 0) | ~cut.any(dim=1, keepdim=True))
-    x = model.embedding(roll.stream).detach().requires_grad_()
-    position = roll.position if model.config.recall else None
-    known, twin = model(x, roll.view(), position=position), model(x, roll.view(cut), position=position)
-    packed = read_packed(model, roll, cut, x, known)
-    where = roll.valid if model.config.recall else behind
+    thinking = Thinking(max_run=2, window=(0, 4)[seed % 2], hold=(None, 0.6)[seed // 12])
+    roll = rollout(model, real, length, thinking, draw)
+    cuts = draw_cuts(roll, length, 0.8, 0.5, draw)
+    cut, short = cuts.first, roll.without_thoughts(cuts.hidden)
+    behind = short.valid & ((cut.cumsum(dim=1) > 0) | ~cut.any(dim=1, keepdim=True))
+    x = model.embed(roll.stream).detach().requires_grad_()
+    known, twin = read(model, roll, x=x), read(model, short, cut, x)
+    packed = read_packed(model, short, cut, x, known)
+    where = short.valid if model.config.recall else behind
     for part, slow, before in zip(packed, twin, known):
-        torch.testing.assert_close(part[roll.valid], slow[roll.valid])
-        assert torch.equal(part[roll.valid & ~where], before[roll.valid & ~where]), "before the cut nothing is computed"
-    said = lambda out: word_loss(out.words, roll)[behind].sum()  # noqa: E731
-    torch.testing.assert_close(*(torch.autograd.grad(said(out), x, retain_graph=True)[0] for out in (packed, twin)))
+        torch.testing.assert_close(part[short.valid], slow[short.valid])
+        left_out = part[short.valid & ~where], before[short.valid & ~where]
+        assert torch.equal(*left_out), "before the cut nothing is computed"
+    said = lambda out: word_loss(out.words, short)[behind].sum()  # noqa: E731
+    of_x = [torch.autograd.grad(said(out), x, retain_graph=True)[0] for out in (packed, twin)]
+    torch.testing.assert_close(*of_x)
+
+
+def test_some_passes_are_packed_and_some_hide_thoughts(tiny):
+    """So that the test above compares what it says it does."""
+    model, packs, hides, widths = tiny(), 0, 0, []
+    model.norm.register_forward_pre_hook(lambda _, x: widths.append(x[0].size(1)))
+    real = torch.randint(5, (7, 12), generator=seeded(0))
+    length = torch.tensor([12, 2, 7, 3, 1, 12, 5])
+    for seed in range(12):
+        roll = rollout(model, real, length, Thinking(max_run=2, hold=0.6), seeded(seed))
+        cuts = draw_cuts(roll, length, 0.8, 0.5, seeded(seed))
+        short = roll.without_thoughts(cuts.hidden)
+        read_packed(model, short, cuts.first, None, read(model, roll))
+        packs += widths[-1] < widths[-2]
+        hides += bool((cuts.hidden & roll.valid).any())
+    assert packs >= 8 and hides >= 8, (packs, hides)
 
 
 @pytest.mark.parametrize("paid", [False, True])
@@ -144,7 +163,7 @@ def test_the_loss_and_its_gradients_are_those_of_passes_that_leave_nothing_out(t
     """But for the echo from a prompt's own words before its cut, which here weigh nothing."""
     real, length = torch.randint(5, (8, 9), generator=seeded(0)).repeat_interleave(4, 0), torch.tensor([9, 3, 5, 9, 2, 4, 9, 7]).repeat_interleave(4)
     batch, found = Batch.plain(real, length, length - 1, torch.ones_like(length)), []
-    config = Config(n_think=3, observer="quarters", prompt_weight=0.0, forget_paid=0.5)
+    config = Config(n_bits=2, observer="quarters", prompt_weight=0.0, forget_paid=0.5)
     for way in (read_packed, lambda model, roll, cut=None, x=None, known=None: read(model, roll, cut, x)):
         monkeypatch.setattr("loss.read_packed", way)
         model = tiny(4, observer="quarters").double().train()
@@ -173,7 +192,8 @@ def test_with_nothing_forgotten_the_second_pass_is_saved_and_every_gradient_is_t
         model = tiny(4, observer="quarters").double().train()
         roll = rollout(model, real, length, Thinking(), seeded(0))
         batch = Batch.plain(real, length, length // 2, torch.ones_like(length))
-        config = Config(n_think=3, thought_grad=thought_grad, observer="quarters", forget=forget, forget_paid=forget, echo_scale=2.0)
+        share = {"forget": forget, "forget_paid": forget}
+        config = Config(n_bits=2, thought_grad=thought_grad, observer="quarters", **share)
         passes = []
         model.norm.register_forward_hook(lambda *_: passes.append(1))
         loss, log = hybrid_loss(model, roll, batch, config, paid, seeded(0))
@@ -189,7 +209,8 @@ def test_with_nothing_forgotten_the_second_pass_is_saved_and_every_gradient_is_t
 
 def test_the_bench_prints_its_tables_and_one_line_of_json(capsys, monkeypatch):
     monkeypatch.setattr(bench, "peak_memory", lambda c, device, kind: 1000 * c.length)  # each a process of its own, else
-    bench.main("--n_layer=1 --n_head=2 --n_embd=16 --words=5 --thoughts=3 --length=16 --lengths=8,16 --repeats=2 --device=cpu".split())
+    shape = "--n_layer=1 --n_head=2 --n_embd=16 --words=5 --bits=2 --length=16 --lengths=8,16"
+    bench.main(f"{shape} --repeats=2 --device=cpu".split())
     printed = capsys.readouterr().out
     for title in ("Training steps on the same real tokens", "Power of the stream's length", "Parts of a step", "Peers"):
         assert title in printed
@@ -207,10 +228,11 @@ def test_a_power_law_is_found():
 
 
 def test_the_peer_without_a_cache_walks_the_same_columns(tiny):
-    """It differs from our rollout in nothing but the cache: the same thoughts, once each draws with the noise the other drew."""
+    """It differs from our rollout in nothing but the cache: the same thoughts without noise."""
     model, columns = tiny(2), 13
     real, length = torch.randint(5, (3, 7), generator=seeded(0)), torch.full((3,), 7)
     thinking = Thinking(hold=1.0, greedy=True)
     roll = rollout(model, real, length, thinking)
-    stream = bench.without_cache(model, real, columns, None, choose=lambda logits, _: logits.argmax(dim=-1))
+    model.thoughts.noise = lambda *shape, generator=None: 0.0
+    stream = bench.without_cache(model, real, columns, None)
     assert torch.equal(stream[:, :12], roll.stream) and torch.equal(stream[:, 12], real[:, 6])

@@ -11,7 +11,7 @@ from data.dataset import THOUGHT_NAMES, DataError, Text, load_meta, load_split, 
 from data.shakespeare import prepare
 from data.shakespeare.study import PLACES, behind_note, describe, information, notes
 from model import GPT, GPTConfig, from_gpt2
-from report import ReportConfig, nats
+from report import ReportConfig, by_chance, joint_counts, nats
 from stream import Thinking, generate, rollout
 
 
@@ -93,7 +93,7 @@ def test_byte_pairs_read_any_text_and_never_read_a_thought(verses, tmp_path):
     assert len(vocabulary.encode(text)) < 0.7 * len(text)
     assert vocabulary.encoding.encode("<|think_3|>", allowed_special="all") == [280 + 3], "its name is known to those who ask for it"
     thinking = Thinking(mode="never")
-    model = GPT(GPTConfig(280, n_think=0, n_layer=1, n_head=2, n_embd=8)).eval()
+    model = GPT(GPTConfig(280, n_bits=0, n_layer=1, n_head=2, n_embd=8)).eval()
     found = nats(model, load_split(tmp_path, "val", vocabulary, 16), thinking, vocabulary, ReportConfig(text_windows=10, device="cpu"))
     assert found["bits_per_byte"] < found["nats"] / 0.6931, "a token is more than a byte"
 
@@ -118,7 +118,8 @@ def test_train_continue_with_thoughts_report_study_and_sample_as_a_person_does(v
     small = [f"--data={folder}", "--block=24", "--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=6", "--batch_tokens=96", "--eval_every=3", "--eval_rows=5"]
     plain, out = tmp_path / "plain", tmp_path / "out"
     call("train.py", "config/shakespeare_plain.toml", *small, f"--out={plain}", check=True)
-    call("train.py", "config/shakespeare.toml", *small, "--n_think=4", f"--init_from={plain}", f"--plain={plain}", f"--out={out}", "--free=0.5", check=True)
+    more = ["--n_bits=2", f"--init_from={plain}", f"--plain={plain}", f"--out={out}", "--free=0.5"]
+    call("train.py", "config/shakespeare.toml", *small, *more, check=True)
     report = json.loads((out / "report.json").read_text())
     assert set(report["modes"]) == {"policy", "never", "random", "constant", "swapped", "scattered"}
     assert all(0 < mode["nats"] < 5 and mode["interval"] > 0 for mode in report["modes"].values())
@@ -145,7 +146,7 @@ def test_the_reported_nats_are_those_of_each_window_alone(verses):
     folder, _ = verses
     vocabulary = load_vocabulary(load_meta(folder))
     text = load_split(folder, "val", vocabulary, 12)
-    model = GPT(GPTConfig(len(vocabulary.tokens), n_think=3, n_layer=1, n_head=2, n_embd=8)).eval()
+    model = GPT(GPTConfig(len(vocabulary.tokens), n_bits=2, n_layer=1, n_head=2, n_embd=8)).eval()
     thinking, slow = Thinking(greedy=True), []
     for row in text.first(8, 12).real:
         length = torch.tensor([len(row)])
@@ -156,17 +157,45 @@ def test_the_reported_nats_are_those_of_each_window_alone(verses):
     assert len(slow) == 8 * 12 and found["nats"] == pytest.approx(sum(slow) / len(slow), abs=1e-4)
 
 
+def test_a_report_of_a_model_of_16_bits_is_small_and_holds_used_thoughts_only(chains, tmp_path):
+    small = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--steps=2", "--batch_tokens=64"]
+    small += ["--n_bits=16", "--curriculum=false", f"--data={chains}", f"--out={tmp_path}"]
+    call("train.py", *small, "--report=false", "--device=cpu", check=True)
+    call("report.py", f"--run={tmp_path}", "--rows=20", check=True)
+    written = (tmp_path / "report.json").read_text()
+    report, size = json.loads(written), len(written)
+    used, counts = report["meaning"]["thoughts"], report["meaning"]["counts"]
+    assert used == sorted(set(used)) and 0 <= used[0] and used[-1] < 2**16
+    assert all(sum(row) > 0 and len(row) == 3 for row in counts) and len(counts) == len(used)
+    assert 0 < report["meaning"]["by_chance"] <= report["meaning"]["label_entropy"]
+    # as many rows as there are tokens to think behind, at most
+    probe = json.loads((chains / "probe.json").read_text())
+    labelled = sum(label is not None for row in probe["labels"] for label in row)
+    assert 0 < len(used) <= sum(map(sum, counts)) <= labelled
+    assert size < 10_000 + 100 * len(used) and (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_thoughts_are_counted_by_hand():
+    used, counts = joint_counts(torch.tensor([70, 3, 70, 2**23]), torch.tensor([0, 2, 2, 1]))
+    assert used.tolist() == [3, 70, 2**23] and counts.tolist() == [[0, 0, 1], [1, 0, 1], [0, 1, 0]]
+    none = torch.tensor([], dtype=torch.long)
+    used, counts = joint_counts(none, none)
+    assert len(used) == 0 == counts.sum()
+
+
 # ----------------------------------------------------------------------------------------------
 # thoughts for a model that had none
 
 
 def test_a_plain_model_that_gets_thoughts_says_what_it_said(tiny):
-    plain, model = tiny(0, n_think=0), tiny(1)
-    fresh = model.embedding.weight[5:].clone()
+    plain, model = tiny(0, n_bits=0), tiny(1)
+    fresh = {name: part.clone() for name, part in model.thoughts.state_dict().items()}
     model.adopt(plain.state_dict())
     x = torch.randint(5, (2, 7))
     torch.testing.assert_close(model(x).words, plain(x).words)
-    assert torch.equal(model.embedding.weight[5:], fresh), "its thoughts are new"
+    kept = model.thoughts.state_dict()
+    new = all(torch.equal(kept[name], part) for name, part in fresh.items())
+    assert new, "its thoughts are new"
     with pytest.raises(ValueError, match="blocks.1"):
         tiny(0, n_layer=1).adopt(plain.state_dict())
     with pytest.raises(ValueError, match="embedding.weight"):
@@ -179,7 +208,7 @@ def test_gpt2_weights_give_gpt2s_logits():
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=24, n_layer=3, n_head=4)).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    ours = GPT(GPTConfig(50, n_think=4, n_layer=3, n_head=4, n_embd=24, n_positions=32)).eval()
+    ours = GPT(GPTConfig(50, n_bits=2, n_layer=3, n_head=4, n_embd=24, n_positions=32)).eval()
     ours.adopt(from_gpt2(theirs.state_dict()))
     x = torch.randint(50, (2, 32))
     torch.testing.assert_close(ours(x).words, theirs(x).logits, atol=1e-4, rtol=0)
@@ -192,7 +221,7 @@ def test_gpt2_weights_give_gpt2s_logits():
 
 
 def test_behind_a_note_nothing_of_the_context_is_seen_but_the_note(tiny):
-    model, thinking = tiny(9), Thinking(greedy=True)
+    model, thinking = tiny(2), Thinking(greedy=True)
     draw = torch.Generator().manual_seed(0)
     contexts, real = torch.randint(5, (40, 6), generator=draw), torch.randint(5, (1, 4), generator=draw).repeat(40, 1)
     note = notes(model, contexts, thinking, 2)
@@ -220,7 +249,11 @@ def test_places_by_hand():
 def test_information_of_a_chance_pairing_is_about_nothing():
     draw = torch.Generator().manual_seed(0)
     thoughts, labels = torch.randint(8, (500,), generator=draw), torch.randint(40, (500,), generator=draw)
-    assert abs(information(thoughts, labels, 8)) < 0.1 and information(thoughts, thoughts, 8) > 1.5
+    assert abs(information(thoughts, labels)) < 0.1 and information(thoughts, thoughts) > 1.5
+    alone = torch.arange(500)  # a thought for each place: shuffled labels tell as much
+    assert information(alone, labels) == pytest.approx(0) and by_chance(alone, labels) > 3
+    far = thoughts * 2**20  # of many thoughts that there might be
+    assert information(far, labels) == pytest.approx(information(thoughts, labels), abs=1e-9)
 
 
 def test_the_shipped_text_configs_can_be_read():

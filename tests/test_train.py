@@ -1,4 +1,4 @@
-"""The loop around the loss: resume, interruption, curriculum, splitting, the report, and the claim itself in a minute."""
+"""The loop around the loss: resume, interruption, the report, and the claim itself in a minute."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import AUTOMATA, ROOT, call, prepare
 from test_model import Scripted
 
 import train
@@ -17,12 +17,18 @@ from loss import evaluate
 from report import meaning, mutual_information
 from runs import Config, load_checkpoint, save_checkpoint
 from stream import Thinking, generate
-from train import Trainer, split_thought
+from train import Trainer
 
 
 def small(chains, tmp_path, **changes):
-    defaults = dict(data=str(chains), out=str(tmp_path), n_layer=1, n_embd=32, n_think=6, batch_tokens=200, steps=20, warmup=2, eval_rows=20, device="cpu")
+    defaults = {"data": str(chains), "out": str(tmp_path), "device": "cpu", "n_layer": 1}
+    defaults |= {"n_embd": 32, "n_bits": 3, "batch_tokens": 200, "steps": 20, "warmup": 2}
+    defaults |= {"eval_rows": 20}
     return Config(**(defaults | changes))
+
+
+WATCHED = {"observer": "quarters", "baseline": "both", "explore": 0.1}
+PLAIN, NOISY = {"n_bits": 0}, {"thought_grad": "reinforce", "dropout": 0.1}
 
 
 EVERYTHING = {"recall": True, "window": 4, "revise": True, "done": True, "max_run": 2, "observer": "quarters", "explore": 0.1}
@@ -39,9 +45,14 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("changes", [{"observer": "quarters", "baseline": "both", "explore": 0.1}, {"n_think": 0}, {"thought_grad": "reinforce", "dropout": 0.1}, EVERYTHING])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(chains, tmp_path, changes):
-    config = small(chains, tmp_path, free=0.4, mastered=9.0, split_every=3, **changes)  # the cut at step 6 lies in the free phase, the end in the paid one
+@pytest.mark.parametrize("changes", [WATCHED, PLAIN, NOISY, EVERYTHING])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    chains, tmp_path, monkeypatch, changes
+):
+    """Levels come at steps 4 and 8, the cut lies in between, and from step 12 on thoughts cost."""
+    for name, value in {"POOL": 1, "MASTERED": 2.0, "NEARLY": -1.0, "PATIENCE": 3}.items():
+        monkeypatch.setattr(train, name, value)
+    config = small(chains, tmp_path, free=0.4, **changes)
     whole = Trainer(config)
     for _ in range(14):
         whole.train_step()
@@ -55,12 +66,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(chains, tmp_path,
     for _ in range(8):
         second.train_step()
     assert same(second.state(), whole.state())
+    assert len(first.curriculum.levels) == 2 and whole.curriculum.learned
     assert whole.paid == (config.n_think > 0) and not first.paid
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_think": 0}, EVERYTHING])
-def test_products_in_bfloat16_change_the_loss_a_little_and_the_kept_numbers_not_at_all(chains, tmp_path, changes):
-    exact, rough = (Trainer(small(chains, tmp_path, free=0.2, mastered=9.0, precision=p, **changes)) for p in ("float32", "bfloat16"))
+@pytest.mark.parametrize("changes", [{}, PLAIN, EVERYTHING])
+def test_products_in_bfloat16_change_the_loss_a_little_and_the_kept_numbers_not_at_all(
+    chains, tmp_path, monkeypatch, changes
+):
+    monkeypatch.setattr(train, "MASTERED", -1.0)
+    changes, precisions = changes | {"free": 0.2}, ("float32", "bfloat16")
+    exact, rough = (Trainer(small(chains, tmp_path, precision=p, **changes)) for p in precisions)
     a, b = ([trainer.train_step()["loss"] for _ in range(8)] for trainer in (exact, rough))
     assert a[0] != b[0] and max(abs(x - y) for x, y in zip(a, b)) < 0.05 * a[0]
     assert not exact.paid if exact.model.gate is None else exact.paid and rough.paid
@@ -111,33 +127,6 @@ def test_a_loss_that_is_not_a_number_stops_the_run(chains, tmp_path):
         trainer.train_step()
 
 
-def test_the_next_level_comes_when_the_longest_is_mastered(chains, tmp_path):
-    trainer = Trainer(small(chains, tmp_path))
-    batch = trainer.train_rows.draw(10, [1, 2], torch.Generator().manual_seed(0))
-    trainer.reached = 2
-    for _ in range(60):
-        trainer.grow(batch, torch.where(batch.level == 1, 0.0, 0.5))
-    assert trainer.reached == 2, "short rows do not count"
-    for _ in range(60):
-        trainer.grow(batch, torch.full((10,), 0.01))
-    assert trainer.reached == 3
-
-
-def test_splitting_copies_the_crowded_thought_over_the_unused_one(tiny):
-    model = tiny()
-    optimiser = model.optimiser(1e-3, 1e-3, 0.0, (0.9, 0.95))
-    before = model.embedding.weight.detach().clone()
-    assert not split_thought(model, optimiser, torch.tensor([0.5, 0.3, 0.2]))
-    assert torch.equal(model.embedding.weight, before)
-    usage = torch.tensor([0.8, 0.2, 0.0])
-    assert split_thought(model, optimiser, usage, torch.Generator().manual_seed(0))
-    moved = (model.embedding.weight - before).norm(dim=1)
-    assert (moved[:5] == 0).all() and moved[6] == 0, "real tokens and the other thought stay"
-    near = lambda a, b: (a - b).norm() < 0.8 * b.norm()  # noqa: E731
-    assert near(model.embedding.weight[7], before[5]) and not torch.equal(model.embedding.weight[7], model.embedding.weight[5])
-    torch.testing.assert_close(usage, torch.tensor([0.4, 0.2, 0.4]))
-
-
 # ----------------------------------------------------------------------------------------------
 # evaluation and report
 
@@ -175,14 +164,16 @@ def test_silence_is_counted_by_what_one_would_have_in_mind():
     vocabulary = Vocabulary({"vocab": ["0", "1", "2", "=", "\n"]})
     probe = {"name": "value", "values": [0, 1], "rows": ["00=", "11="], "labels": [[0, 0, None], [1, 1, None]]}
     found = meaning(Scripted([1]), vocabulary, Thinking(greedy=True), probe, "cpu")  # thinks behind every 1 and nowhere else
-    assert found["silent"] == [1.0, 0.0] and found["counts"][1] == [0, 2]
+    assert found["silent"] == [1.0, 0.0]
+    assert found["thoughts"] == [1] and found["counts"] == [[0, 2]]
 
 
 def test_train_report_and_sample_as_a_person_runs_them(chains, tmp_path):
     plain, thinking = tmp_path / "plain", tmp_path / "thinking"
     common = [f"--data={chains}", "--steps=6", "--n_layer=1", "--n_embd=16", "--n_head=2", "--batch_tokens=128", "--log_every=2", "--eval_every=4", "--device=cpu"]
-    call("train.py", *common, "--n_think=0", f"--out={plain}", check=True)
-    done = call("train.py", *common, "--n_think=4", f"--out={thinking}", f"--plain={plain}", check=True)
+    call("train.py", *common, "--n_bits=0", f"--out={plain}", check=True)
+    where = f"--out={thinking}", f"--plain={plain}"
+    done = call("train.py", *common, "--n_bits=2", *where, check=True)
     assert "thoughts/token" in done.stdout and "swapped" in done.stdout
     report = json.loads((thinking / "report.json").read_text())
     assert {"task", "seed", "steps", "seconds", "params", "modes", "plain", "windows", "meaning"} <= report.keys()
@@ -205,16 +196,25 @@ def test_train_report_and_sample_as_a_person_runs_them(chains, tmp_path):
 # the claim
 
 
-def test_thoughts_learn_to_carry_the_running_value_and_nothing_else_does(chains, tmp_path):
-    """A one-layer model learns chains of two operations from scratch; without its thoughts, or with others', it does not know."""
-    torch.manual_seed(0)
-    trainer = Trainer(small(chains, tmp_path, n_embd=64, n_think=12, batch_tokens=1024, steps=600, warmup=50, free=1.0, seed=1))
-    for _ in range(600):
+def test_thoughts_learn_to_carry_the_state_and_nothing_else_does(tmp_path):
+    """
+    One layer learns from scratch whether the number of b's in up to nine letters is even. Without
+    its thoughts, or with others', it guesses. (Seeds 1 to 5 need 225 to 475 of the 800 steps.)
+    """
+    prepare(tmp_path, "--task=parity", "--levels=9", "--rows=900", script=AUTOMATA)
+    how = {"n_bits": 8, "batch_tokens": 512, "lr": 3e-3, "steps": 800, "warmup": 20, "free": 1.0}
+    trainer = Trainer(small(tmp_path, tmp_path / "run", seed=1, eval_rows=100, **how))
+    for _ in range(800):
         trainer.train_step()
-        if trainer.step % 50 == 0 and trainer.validate()[3] > 0.97:
+        if trainer.curriculum.learned and trainer.step % 25 == 0 and trainer.validate()[9] > 0.97:
             break
-    batch = trainer.val_rows.first(200, 3)
-    accuracy = lambda mode: evaluate(trainer.model, batch, Thinking(mode, greedy=True), torch.Generator().manual_seed(0))[1].float().mean()  # noqa: E731
+    rows = [trainer.val_rows.first(100, level) for level in (7, 8, 9)]
+
+    def accuracy(mode):
+        chance, thinking = torch.Generator().manual_seed(0), Thinking(mode, greedy=True)
+        right = [evaluate(trainer.model, batch, thinking, chance)[1] for batch in rows]
+        return torch.cat(right).float().mean().item()
+
     assert accuracy("policy") > 0.95
     for mode in ("never", "random", "constant", "swapped"):
-        assert accuracy(mode) < 0.65, f"{mode}: the thoughts' meaning is gone, and so is the answer (chance is 0.33)"
+        assert accuracy(mode) < 0.7, f"{mode}: no meaning, no answer (chance is 0.5)"

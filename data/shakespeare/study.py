@@ -26,7 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.dataset import DataError, Text, Vocabulary, load_split  # noqa: E402
 from loss import token_loss  # noqa: E402
 from model import GPT  # noqa: E402
-from report import ReportConfig, load_plain, mutual_information  # noqa: E402
+from report import (  # noqa: E402
+    ReportConfig, by_chance, joint_counts, load_plain, mutual_information,
+)  # fmt: skip
 from runs import Config, as_trained, load_config, load_model, pick_device, run  # noqa: E402
 from stream import Thinking, rollout  # noqa: E402
 
@@ -56,7 +58,8 @@ def notes(model: GPT, context: Tensor, thinking: Thinking, count: int, generator
     stream = torch.cat([roll.stream, context.new_zeros(len(context), count + 1)], dim=1)
     stream[rows, end] = context[:, -1]
     for i in range(count):
-        thought = model(stream).thoughts[rows, end + i].argmax(dim=-1)  # causal: what stands behind is not seen
+        said = model.think(stream).thoughts[rows, end + i]  # causal: what stands behind is not seen
+        thought = model.thoughts.choose(said)
         stream[rows, end + i + 1] = model.config.vocab_size + thought
     return stream.gather(1, end[:, None] + 1 + torch.arange(count, device=context.device))
 
@@ -104,7 +107,7 @@ def after_forgetting(model: GPT, plain: GPT, real: Tensor, frequency: Tensor, th
         "gap_nats": round(gap.mean().item(), 3),
         "closed": {name: round(share, 4) for name, share in closed.items()},
         "closed_interval": round(1.96 * error, 4),
-        "bits_a_note_can_carry": round(trained.max_run * math.log2(model.config.n_think), 2),
+        "bits_a_note_can_carry": trained.max_run * model.config.n_bits,
         "different_notes": len(counts),
         "entropy_bits": round(-(p * p.log2()).sum().item(), 2),
         "bits_saved_behind": round(gain.mean().item() / math.log(2), 2),
@@ -148,12 +151,10 @@ def token_ends(tokens: Tensor, vocabulary: Vocabulary) -> tuple[str, Tensor]:
     return blob.decode("latin-1"), size[tokens].cumsum(0) - 1
 
 
-def information(thoughts: Tensor, labels: Tensor, n_think: int) -> float:
+def information(thoughts: Tensor, labels: Tensor) -> float:
     """I(thought; label) in nats less what shuffled labels seem to have, which is the bias of so small a sample."""
-    n_labels = int(labels.max()) + 1
-    table = lambda y: torch.bincount(thoughts * n_labels + y, minlength=n_think * n_labels).view(n_think, n_labels)  # noqa: E731
-    shuffle = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    return mutual_information(table(labels)) - mutual_information(table(labels[shuffle]))
+    told = mutual_information(joint_counts(thoughts, labels)[1])
+    return told - by_chance(thoughts, labels)
 
 
 @torch.no_grad()
@@ -187,9 +188,11 @@ def where_and_what(model: GPT, plain: GPT, text: Text, vocabulary: Vocabulary, t
         t, i = thought[thinks], index[thinks]
         about = {"last token": text.tokens[i], "token before it": text.tokens[(i - 1).clamp(min=0)], "next token": text.tokens[(i + 1).clamp(max=len(text.tokens) - 1)]}
         about |= {name: values[ends[i]] for name, values in labels.items() if name != "place"}
-        result["information_nats"] = {name: round(information(t, y, model.config.n_think), 4) for name, y in about.items()}
-        used = torch.bincount(t, minlength=model.config.n_think) / len(t)
-        result["entropy_nats_of_first_thoughts"] = round(-torch.xlogy(used, used).sum().item(), 3)
+        result["information_nats"] = {n: round(information(t, y), 4) for n, y in about.items()}
+        used = torch.unique(t, return_counts=True)[1] / len(t)
+        entropy = -torch.xlogy(used, used).sum().item()
+        result["different_first_thoughts"] = len(used)
+        result["entropy_nats_of_first_thoughts"] = round(entropy, 3)
     return result
 
 

@@ -1,0 +1,161 @@
+"""Which levels are in use, how often each is drawn, and when thoughts begin to cost."""
+
+import pytest
+import torch
+from test_train import small
+
+import train
+from data.dataset import Rows
+from train import LAST_CALL, MASTERED, NEARLY, PATIENCE, POOL, Curriculum, Trainer, pools
+
+
+def feed(curriculum, share, times=100, level=None, step=0, asked=None):
+    """The same batch over and over, until a stage is gained: a share of the newest rows right."""
+    stage, level = curriculum.stage, curriculum.newest[0] if level is None else level
+    right = torch.arange(100) < round(100 * share)
+    for _ in range(times):
+        curriculum.grow(step, torch.full((100,), level), right, asked)
+        if curriculum.stage > stage or curriculum.learned:
+            break
+
+
+def large(levels=3):
+    return Curriculum({level: POOL for level in range(1, levels + 1)})
+
+
+def test_levels_come_into_use_together_until_they_are_enough_rows():
+    assert pools({1: POOL, 2: POOL, 3: POOL}) == [1, 2, 3]
+    assert pools({1: POOL // 2, 2: POOL // 2, 3: POOL - 1, 4: 1, 5: 9 * POOL}) == [2, 4, 5]
+    assert pools({1: POOL, 2: POOL, 3: POOL - 1}) == [1, 3], "too few are left: with the last"
+    assert pools({1: POOL, 2: POOL // 2 - 1, 3: POOL // 2}) == [3]
+    assert pools({1: 1, 2: 1}) == [2] and pools({7: 9}) == [1]
+
+
+def test_the_next_levels_come_when_the_newest_are_mastered_and_not_before():
+    curriculum = Curriculum({2: POOL // 2, 3: POOL // 2, 5: POOL})
+    assert curriculum.levels == curriculum.newest == [2, 3] and curriculum.mastered == []
+    feed(curriculum, MASTERED - 0.01)
+    assert curriculum.stage == 0
+    feed(curriculum, 1.0)
+    assert curriculum.levels == [2, 3, 5] and curriculum.newest == [5]
+    assert curriculum.mastered == [2, 3] and not curriculum.learned
+    feed(curriculum, 1.0, times=10)
+    assert not curriculum.learned, "what was right before says nothing about the newest"
+    feed(curriculum, 1.0)
+    assert curriculum.learned and curriculum.mastered == [2, 3, 5]
+
+
+def test_who_is_nearly_there_goes_on_when_patience_ends():
+    curriculum, nearly = large(), (NEARLY + MASTERED) / 2
+    feed(curriculum, NEARLY - 0.01, step=10 * PATIENCE)
+    assert curriculum.stage == 0
+    feed(curriculum, nearly, step=PATIENCE)
+    assert curriculum.stage == 0
+    feed(curriculum, nearly, step=PATIENCE + 1)
+    assert curriculum.stage == 1 and curriculum.grown == PATIENCE + 1
+    feed(curriculum, nearly, step=2 * PATIENCE + 1)
+    assert curriculum.stage == 1, "patience begins anew"
+    feed(curriculum, nearly, step=2 * PATIENCE + 2)
+    assert curriculum.stage == 2
+
+
+def test_only_rows_of_the_newest_levels_that_are_asked_count():
+    curriculum = large()
+    feed(curriculum, 1.0)
+    for old_level_or_not_asked in ({"level": 1}, {"asked": torch.zeros(100).bool()}):
+        before = curriculum.state()
+        feed(curriculum, 1.0, **old_level_or_not_asked)
+        assert curriculum.state() == before
+    asked = torch.arange(100) < 50
+    feed(curriculum, 0.5, asked=asked)
+    assert curriculum.stage == 2, "half of the rows are right, and those are all that were asked"
+
+
+def test_half_of_the_rows_are_of_the_newest_levels_as_long_as_they_are_not_learned():
+    rows = Rows(torch.tensor([1, 2, 0] * 400).numpy(), torch.arange(400).numpy() % 4 + 1, 0, 2)
+    alike, generator = [1 / 4] * 4, torch.Generator().manual_seed(0)
+    wanted = {0: alike, 1: [1 / 8] * 3 + [5 / 8], 2: [1 / 8] * 2 + [3 / 8] * 2, 4: alike}
+    for newest, shares in wanted.items():
+        level = rows.draw(20_000, [1, 2, 3, 4], generator, 0.0, newest).level
+        share = level.bincount(minlength=5)[1:] / 20_000
+        torch.testing.assert_close(share, torch.tensor(shares), atol=0.02, rtol=0)
+    curriculum = Curriculum({1: POOL, 2: POOL // 2, 3: POOL // 2})
+    assert curriculum.emphasised == 1
+    feed(curriculum, 1.0)
+    assert curriculum.emphasised == 2
+    feed(curriculum, 1.0)
+    assert curriculum.learned and curriculum.emphasised == 0
+
+
+def test_all_levels_can_be_taken_in_at_once():
+    curriculum = large(4)
+    feed(curriculum, 1.0)
+    curriculum.open()
+    assert curriculum.levels == [1, 2, 3, 4] and curriculum.newest == [2, 3, 4]
+    assert curriculum.mastered == [1] and not curriculum.learned, "2 was not mastered"
+    before = curriculum.state()
+    curriculum.open()
+    assert curriculum.state() == before, "there is nothing left"
+    at_once = Curriculum({1: 9, 2: 9}, grows=False)
+    assert at_once.levels == at_once.mastered == [1, 2] and at_once.emphasised == 0
+
+
+def test_a_curriculum_goes_on_from_its_state():
+    first, second = large(4), large(4)
+    feed(first, 1.0, step=7)
+    first.open()
+    feed(first, NEARLY, times=5)
+    second.load_state(first.state())
+    assert vars(second) == vars(first) and second.levels == [1, 2, 3, 4]
+    for curriculum in (first, second):
+        feed(curriculum, 1.0)
+        assert curriculum.learned and curriculum.mastered == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def trainer(chains, tmp_path, monkeypatch):
+    """100 steps, thoughts free for the first 40; every level is a stage."""
+    monkeypatch.setattr(train, "POOL", 1)
+    return Trainer(small(chains, tmp_path, steps=100, free=0.4))
+
+
+def walk(trainer, first, end):
+    """Charge at each step from the first -> the first at which thoughts cost, or None."""
+    for trainer.step in range(first, end):
+        trainer.charge()
+        if trainer.paid:
+            return trainer.step
+
+
+def test_thoughts_cost_once_the_last_levels_are_mastered_and_their_free_steps_over(trainer, capsys):
+    feed(trainer.curriculum, 1.0)
+    feed(trainer.curriculum, 1.0)
+    assert trainer.curriculum.mastered == [1, 2] and walk(trainer, 0, 60) is None
+    feed(trainer.curriculum, 1.0)
+    assert trainer.curriculum.learned and walk(trainer, 30, 60) == 40
+    assert walk(trainer, 60, 61) == 60 and not capsys.readouterr().out
+    trainer.paid = False
+    trainer.model.gate = None
+    assert walk(trainer, 0, 100) is None, "a plain model has nothing to pay for"
+
+
+def test_at_the_last_call_all_levels_come_into_use_and_thoughts_cost(trainer, capsys):
+    feed(trainer.curriculum, 1.0)
+    last = int(LAST_CALL * 100)
+    assert walk(trainer, 40, last) is None and trainer.curriculum.levels == [1, 2]
+    assert not capsys.readouterr().out
+    assert walk(trainer, last, 100) == last and trainer.curriculum.levels == [1, 2, 3]
+    assert trainer.curriculum.mastered == [1]
+    assert f"level 2 is not learned after {last} steps" in capsys.readouterr().out
+
+
+def test_what_was_learned_is_said(trainer):
+    told = train.what_was_learned
+    rest = "; thoughts never cost anything"
+    assert told(trainer) == "no level was learned; not learned: 1 to 3" + rest
+    feed(trainer.curriculum, 1.0)
+    assert told(trainer).startswith("learned: levels 1 to 1; not learned: 2 to 3; ")
+    trainer.paid = True
+    for _ in range(2):
+        feed(trainer.curriculum, 1.0)
+    assert told(trainer) == "learned: levels 1 to 3"
