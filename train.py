@@ -229,7 +229,8 @@ class Trainer:
         c, curriculum = self.config, self.curriculum
         if self.step == int(LAST_CALL * c.steps) and not curriculum.learned:
             if not RANK:
-                print(f"level {curriculum.newest[0]} is not learned after {self.step} steps: from here on all levels are in use", flush=True)
+                what = "thoughts begin to cost all the same" if curriculum.levels == curriculum.every else "from here on all levels are in use"
+                print(f"level {curriculum.newest[0]} is not learned after {self.step} steps: {what}", flush=True)
             curriculum.open()
         late = self.step >= LAST_CALL * c.steps
         if self.model.gate is not None and self.step >= c.free * c.steps and (curriculum.learned or late):

@@ -100,7 +100,7 @@ def test_a_thoughts_embedding_is_linear_in_its_bits():
 
 
 def some_thoughts(d=3):
-    """-> Thoughts of d bits, numbers of one column (d,), and by hand p of each of the K thoughts."""
+    """-> Thoughts of d bits, numbers of one column (d,), and by hand p of each thought (K,)."""
     thoughts, h = Thoughts(d, 4), torch.tensor([0.1, -0.4, 0.0, 0.7])[:d]
     p = [0.5 * (1 + math.erf(math.tanh(x) / 0.3 / math.sqrt(2))) for x in h.tolist()]
     bits = [[number >> i & 1 for i in range(d)] for number in range(2**d)]
