@@ -32,7 +32,7 @@ from stream import Rollout, Thinking, read, speak
 class Cuts(NamedTuple):
     """What each row forgets in pass 2."""
 
-    first: Tensor  # (B, C) bool, True at the first column that stays in view; at most one a row
+    first: Tensor  # (B, C) bool, True at the first column that stays in view; at most one a row that has an answer
     hidden: Tensor  # (B, C) bool: thoughts behind it that are taken away, too
     depth: Tensor  # (B,) places for a cut that lie behind it, in rows with such hidden thoughts; 0 in the others
 
@@ -43,6 +43,7 @@ def draw_cuts(roll: Rollout, prompt: Tensor, forget: float, late: float = 0.0, g
     `forget` of the rows forgets, at any such place alike. But a share `late` of them is cut at the last place, or the one before, or the one before that ..,
     with probabilities 1/2, 1/4, 1/8 .., and thinks no more behind it. Then the thought at the cut must tell by itself what the
     next few words need: not only the answer, but all that makes a difference to it later. Otherwise a later thought, thought in full view, would know it.
+    A text is all prompt and every word of it counts: there each such place of a row that forgets is a cut, and `late` means nothing.
     """
     B, C = roll.stream.shape
     eligible = roll.thinks & roll.holds_real & (roll.pointer < prompt[:, None])
@@ -52,8 +53,9 @@ def draw_cuts(roll: Rollout, prompt: Tensor, forget: float, late: float = 0.0, g
     anywhere = draw(widest).masked_fill(~eligible, -1)
     behind = eligible.flip(1).cumsum(dim=1).flip(1) - 1  # (B, C) places behind each place
     depth = torch.minimum((-draw(1).clamp(min=1e-6).log2()).long(), behind[:, :1]).clamp(min=0)  # (B, 1)
-    is_late, is_cut = draw(1) < late, draw(1) < forget
-    place = torch.where(is_late, eligible & (behind == depth), F.one_hot(anywhere.argmax(dim=1), C).bool())
+    is_text = (prompt == roll.length)[:, None]  # (B, 1)
+    is_late, is_cut = (draw(1) < late) & ~is_text, draw(1) < forget
+    place = torch.where(is_late, behind == depth, F.one_hot(anywhere.argmax(dim=1), C).bool()) | is_text
     first = F.pad((place & eligible & is_cut)[:, :-1], (1, 0))  # the thought stands one column behind the token it follows
     pointer = (roll.pointer * first).sum(dim=1, keepdim=True)  # (B, 1) the real token behind the cut; 0 without a cut
     is_late = is_late & (pointer > 0)

@@ -96,6 +96,14 @@ def test_a_late_cut_falls_at_the_last_place_or_the_one_before_or_the_one_before_
     assert torch.equal(torch.tensor(places[::-1])[cut.depth], cut.first.int().argmax(dim=1))
 
 
+def test_in_a_text_every_thought_behind_a_token_is_a_cut_and_none_is_hidden():
+    roll = roll_of([[0, 5, 1, 2, 6, 7, 3]], [[0, 1, 2, 3, 4]])
+    cut = draw_cuts(roll, torch.tensor([5]), 1.0, 1.0, seeded(0))
+    assert cut.first.int().tolist() == [[0, 1, 0, 0, 1, 0, 0]]
+    assert not cut.hidden.any() and cut.depth.tolist() == [0]
+    assert not draw_cuts(roll, torch.tensor([5]), 0.0, 1.0, seeded(0)).first.any()
+
+
 def test_a_share_of_the_cuts_is_late_and_only_those_hide_thoughts():
     one, places, rows = eight_places()
     roll = Rollout(*(part.repeat_interleave(rows, dim=0) for part in one[:-1]))
