@@ -457,6 +457,36 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, late):
     torch.testing.assert_close(mine, hand)
 
 
+def test_reinforce_rewards_the_cuts_thought_for_words_behind_the_hidden_ones(tiny):
+    """And hidden thoughts for nothing. A thought behind each of 0, 1, 2, and 3 is the answer."""
+    model = tiny(4).double()
+    real, weights = torch.tensor([[0, 1, 2, 3]]), list(model.thoughts.head.parameters())
+    roll = rollout(model, real, torch.tensor([4]), Thinking(hold=1.0), seeded(0))
+    how = {"forget": 1.0, "cut_late": 1.0, "rollouts": 1, "imitate": 0.0, "prompt_weight": 0.3}
+    config, batch = Config(n_bits=2, thought_grad="reinforce", **how), batch_of(roll, 3)
+    stream, one, seen = roll.stream[0], model(roll.stream), set()
+    for seed in range(8):
+        found, _ = hybrid_loss(model, roll, batch, config, False, seeded(seed))
+        cut = draw_cuts(roll, batch.prompt, 1.0, 1.0, seeded(seed))
+        first = int(cut.first[0].nonzero())
+        left = [first, *range(first + 1, 6, 2)]  # the cut's thought, then real tokens only
+        two = model(stream[left][None], position=torch.tensor([left]))
+        words = torch.cat([one.words[0, :first], two.words[0]])
+        by_hand, to_go, seen = [], 0.0, seen | {first}
+        said = by_columns(stream, [*range(first), *left], words, real[0], 3)
+        for column, thinks, _, loss, answer in reversed(said):
+            number = stream[min(column + 1, 5)] - 5
+            if thinks:
+                log_p = model.thoughts.log_probability(one.thoughts[0, column], number)
+                by_hand.append(-to_go * log_p)
+            else:
+                to_go -= loss.item() * (1.0 if answer else 0.3)
+        by_hand = sum(by_hand) / len(by_hand)
+        wanted = torch.autograd.grad(by_hand, weights, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(found, weights), wanted)
+    assert seen == {1, 3}
+
+
 def test_the_curriculum_goes_by_answers_behind_the_cut_where_one_may_expect_them(tiny):
     """Not by those in full view, nor by rows that were cut before the last place."""
     model = tiny(vocab_size=3)  # so few that one who knows nothing is often right

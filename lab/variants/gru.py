@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     meta = load_meta(config.data)
     vocabulary = load_vocabulary(meta)
     names = [name for name in ("train", "val", "test") if Path(config.data, f"{name}.bin").exists()]
-    rows, *held = (load_split(config.data, name, vocabulary) for name in names)
+    rows, *held = (load_split(config.data, name, vocabulary, 1) for name in names)
     model = GRU(len(vocabulary.tokens), config.n_embd)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
