@@ -6,7 +6,7 @@ One configuration, all automata: data, training runs and the table of docs/resul
 
 Runs that are there already (out/automata/TASK/MODEL_SEED/report.json) are not run again; with
 --jobs=0 none is, and the table is printed of what there is. A run takes one thread: about four
-minutes the thinking one, a minute or two a plain one, ten seconds the GRU.
+minutes the thinking one, a minute or two a plain one, a quarter of a minute the GRU.
 """
 
 import argparse
