@@ -36,7 +36,7 @@ class Config:
     demonstrate: float = 1.0  # share of the rows with demonstrated thoughts whose thoughts are kept and supervised; in the rest they are left to be discovered
     out: str = "out/chain"  # folder for everything that is written
     plain: str = ""  # folder of a finished plain run, shown beside this one in the report
-    init_from: str = ""  # begin with the weights in this folder, of a model with fewer thoughts or none; or hf:NAME, GPT-2 weights of Hugging Face
+    init_from: str = ""  # begin with the weights in this folder, of a model without thoughts, or with as many bits; or hf:NAME, GPT-2 weights of Hugging Face
     resume: bool = False  # go on from the checkpoint in `out`
     seed: int = 1
     device: str = "auto"  # auto | cpu | cuda | mps

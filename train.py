@@ -81,6 +81,7 @@ class Curriculum:
     def open(self) -> None:
         """Take in all levels that are left, together with the newest, which are not mastered."""
         self.stages = self.stages[: self.stage] + [len(self.every)]
+        self.right = 0.0  # what it was, it was of easier levels
 
     @property
     def emphasised(self) -> int:

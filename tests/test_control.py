@@ -8,6 +8,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import stream
+from control import told
 from data.dataset import Batch
 from loss import first_pass, hybrid_loss, return_to_go, with_wrong_words, wrong_words
 from runs import Config
@@ -277,6 +278,28 @@ def test_loaded_dice_make_a_row_think_what_it_is_told_and_leave_the_others_alone
         assert roll.alone(1).stream.tolist() == free.alone(1).stream.tolist()
 
 
+def test_a_row_thinks_as_before_but_another_rows_thought_at_one_place(tiny):
+    """Of a prompt of four tokens, behind the last but `back`; what comes later it thinks itself."""
+    model, real = tiny(2), torch.tensor([[1, 2, 3, 4, 0], [4, 0, 1, 2, 0]])
+    batch = Batch.plain(real, torch.tensor([5, 5]), torch.tensor([4, 4]), torch.tensor([1, 1]))
+    greedy, donor, differ = Thinking(greedy=True), torch.tensor([1, 0]), 0
+    row = model, real, batch.prompt, batch.length, greedy
+    for bias, thinks in ((99.0, True), (-99.0, False)):
+        model.gate.bias.data.fill_(bias)
+        roll = speak(*row)
+        for back, behind in ((1, 2), (2, 1)):
+            noise, there = told(model, roll, batch, 1, back, donor)
+            assert there.tolist() == [thinks] * 2
+            again, place = speak(*row, noise=noise), 2 * behind + 1  # where it stands
+            if thinks:
+                assert torch.equal(again.stream[:, :place], roll.stream[:, :place])
+                assert torch.equal(again.stream[:, place], roll.stream[donor, place])
+                number = model.thoughts.choose(read(model, again).thoughts) + 5
+                assert torch.equal(again.stream[:, place + 2], number[:, place + 1])
+                differ += (again.stream != roll.stream).any(dim=1).sum()
+    assert differ >= 2
+
+
 def test_demonstrated_thoughts_and_gates_are_supervised_by_hand(tiny):
     """Beside the words' loss: -log p of each thought where it is shown, and of the gate's choice wherever it had one."""
     model, real, length = tiny(2), torch.tensor([[1, 2, 3]]), torch.tensor([3])
@@ -294,6 +317,8 @@ def test_demonstrated_thoughts_and_gates_are_supervised_by_hand(tiny):
     thought = sum(math.log((1 + math.erf(x / 2**0.5)) / 2) for x in (-a, b))  # both by Phi
     by_hand = -thought - gates.item() / 2
     torch.testing.assert_close((taught - alone).item(), by_hand, atol=1e-4, rtol=0)
+    alone.backward()
+    assert not model.thoughts.head.weight.grad.any(), "what is shown is told, not echoed"
 
 
 def test_control_tokens_can_be_added_to_a_model_that_thinks(tiny):

@@ -149,6 +149,24 @@ def test_at_the_last_call_all_levels_come_into_use_and_thoughts_cost(trainer, ca
     assert f"level 2 is not learned after {last} steps" in capsys.readouterr().out
 
 
+def test_a_step_draws_what_the_curriculum_says_and_tells_it_what_was_right(trainer, monkeypatch):
+    drawn, said, heard = [], [], []
+    draw, loss = trainer.train_rows.draw, train.hybrid_loss
+
+    def listen(model, roll, batch, *how):
+        found, log = loss(model, roll, batch, *how)
+        said.append((batch.level, log["right"], log["asked"]))
+        return found, log
+
+    monkeypatch.setattr(train, "hybrid_loss", listen)
+    monkeypatch.setattr(trainer.train_rows, "draw", lambda *how: drawn.append(how) or draw(*how))
+    monkeypatch.setattr(Curriculum, "grow", lambda self, step, *what: heard.append(what))
+    trainer.curriculum.stage = 1  # levels 1 and 2, of which 2 is new
+    trainer.train_step()
+    assert drawn[0][1] == [1, 2] and drawn[0][-1] == trainer.curriculum.emphasised == 1
+    assert all(map(torch.equal, heard[0], said[0])) and 0 < heard[0][2].sum() < len(heard[0][2])
+
+
 def test_what_was_learned_is_said(trainer):
     told = train.what_was_learned
     rest = "; thoughts never cost anything"

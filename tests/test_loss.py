@@ -98,9 +98,10 @@ def test_a_late_cut_falls_at_the_last_place_or_the_one_before_or_the_one_before_
 
 def test_in_a_text_every_thought_behind_a_token_is_a_cut_and_none_is_hidden():
     roll = roll_of([[0, 5, 1, 2, 6, 7, 3]], [[0, 1, 2, 3, 4]])
-    cut = draw_cuts(roll, torch.tensor([5]), 1.0, 1.0, seeded(0))
-    assert cut.first.int().tolist() == [[0, 1, 0, 0, 1, 0, 0]]
-    assert not cut.hidden.any() and cut.depth.tolist() == [0]
+    for seed in range(8):
+        cut = draw_cuts(roll, torch.tensor([5]), 1.0, 1.0, seeded(seed))
+        assert cut.first.int().tolist() == [[0, 1, 0, 0, 1, 0, 0]]
+        assert not cut.hidden.any() and cut.depth.tolist() == [0]
     assert not draw_cuts(roll, torch.tensor([5]), 0.0, 1.0, seeded(0)).first.any()
 
 
@@ -397,7 +398,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, late):
     length = torch.tensor([6] * 4 + [5] * 4)
     roll = rollout(model, real, length, Thinking(max_run=2), seeded(0))
     config = Config(
-        n_bits=2, done=True, max_run=2, rollouts=4, forget_paid=1.0, cut_late=late,
+        n_bits=2, done=True, max_run=2, rollouts=4, forget=0.0, forget_paid=1.0, cut_late=late,
         prompt_weight=0.3, charge_thinking=0.5, imitate=0.2, think_cost=price, gate_weight=1.5,
     )  # fmt: skip
     found, log = hybrid_loss(model, roll, batch_of(roll, prompt), config, True, seeded(0))

@@ -233,6 +233,9 @@ def test_behind_a_note_nothing_of_the_context_is_seen_but_the_note(tiny):
         torch.testing.assert_close(loss[same], loss[i].expand(int(same.sum()), 4))
         alone = notes(model, contexts[i : i + 1], thinking, 2)
         assert torch.equal(alone[0], note[i]), "a row's note is the same in company"
+        roll = rollout(model, contexts[i : i + 1], torch.tensor([6]), thinking)
+        h = model(torch.cat([roll.stream, contexts[i : i + 1, -1:]], dim=1)).thoughts[0, -1]
+        assert note[i, 0] == 5 + (h[0] > 0) + 2 * (h[1] > 0), "the likeliest thought"
     slow = model(torch.cat([note[:1], real[:1]], dim=1)).words[0, 1:-1].log_softmax(-1)
     torch.testing.assert_close(loss[0], -slow[range(4), real[0]])
 
