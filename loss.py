@@ -244,6 +244,14 @@ def rows_right(words: Tensor, roll: Rollout, answer: Tensor) -> Tensor:
     return ((words.argmax(-1) == targets(roll)) | ~(answer & roll.speaks)).all(dim=1)
 
 
+def late_loss(model: GPT, roll: Rollout, batch: Batch, x: Tensor, full: Output, answer: Tensor, config: Config, forget: float, generator) -> Tensor:
+    """Token loss behind one more late cut a row -> scalar. Hardly any columns are behind it, so that it costs little beside the rollout and pass 1."""
+    cut = draw_cuts(roll, batch.prompt, forget, 1.0, generator)
+    short = roll.without_thoughts(cut.hidden)
+    loss = word_loss(read_packed(model, short, cut.first, x, full).words, short)
+    return weighted(loss, short, answer, config.prompt_weight, config.charge_thinking)
+
+
 def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: bool, generator=None) -> tuple[Tensor, dict]:
     """
     All of a training step but the rollout and the optimiser -> loss, {name: number} and, for the curriculum, "right" (B,) bool: the answer is right with
@@ -270,6 +278,8 @@ def hybrid_loss(model: GPT, roll: Rollout, batch: Batch, config: Config, paid: b
         loss_kept = word_loss(kept.words, short)
         mean_kept = weighted(loss_kept, short, answer, config.prompt_weight, config.charge_thinking)
         loss, log["loss_forgotten"] = loss + mean_kept, mean_kept.item()
+        for _ in range(config.cuts - 1 if forget else 0):
+            loss = loss + late_loss(model, roll, batch, x, full, answer, config, forget, generator)
         if again and config.thought_grad == "echo":  # the gradient that would have reached x, sent on to the numbers; x - here is zero
             loss = loss + ((x - here) * torch.autograd.grad(mean_kept, here, retain_graph=True)[0]).sum()
         if config.imitate and forget:  # with the past forgotten, think what was thought in full view

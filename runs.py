@@ -78,6 +78,7 @@ class Config:
     thought_grad: str = "echo"  # echo | reinforce
     forget: float = 1.0  # share of rows that forget, while thoughts are free
     forget_paid: float = 0.8  # the same, once they are paid
+    cuts: int = 1  # looks at each row behind a cut in pass 2: the first as cut_late says, the others all late
     cut_late: float = 0.7  # share of cuts shortly before the answer, behind which no thought is left but the one at the cut
     charge_thinking: float = 1.0  # weight of the word that a column that thinks would have said
     imitate: float = 0.01  # weight of thinking in pass 2, behind the cut, what was thought in full view

@@ -399,6 +399,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, late):
     roll = rollout(model, real, length, Thinking(max_run=2), seeded(0))
     config = Config(
         n_bits=2, done=True, max_run=2, rollouts=4, forget=0.0, forget_paid=1.0, cut_late=late,
+        cuts=1,
         prompt_weight=0.3, charge_thinking=0.5, imitate=0.2, think_cost=price, gate_weight=1.5,
     )  # fmt: skip
     found, log = hybrid_loss(model, roll, batch_of(roll, prompt), config, True, seeded(0))
@@ -458,12 +459,24 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, late):
     torch.testing.assert_close(mine, hand)
 
 
+def test_every_further_late_cut_adds_its_own_token_loss(tiny):
+    """There is one place only, behind the first token, so that all looks are the same."""
+    model, real = tiny(4), torch.tensor([[0, 1, 2, 3, 4, 2]])
+    roll = rollout(model, real, torch.tensor([6]), Thinking(hold=1.0), seeded(0))
+    loss = {}
+    for cuts in (1, 3):
+        config = Config(n_bits=2, forget=1.0, cut_late=1.0, cuts=cuts, imitate=0.0)
+        loss[cuts], log = hybrid_loss(model, roll, batch_of(roll, 2), config, False, seeded(0))
+    assert (loss[3] - loss[1]).item() == pytest.approx(2 * log["loss_forgotten"], rel=1e-5)
+
+
 def test_reinforce_rewards_the_cuts_thought_for_words_behind_the_hidden_ones(tiny):
     """And hidden thoughts for nothing. A thought behind each of 0, 1, 2, and 3 is the answer."""
     model = tiny(4).double()
     real, weights = torch.tensor([[0, 1, 2, 3]]), list(model.thoughts.head.parameters())
     roll = rollout(model, real, torch.tensor([4]), Thinking(hold=1.0), seeded(0))
-    how = {"forget": 1.0, "cut_late": 1.0, "rollouts": 1, "imitate": 0.0, "prompt_weight": 0.3}
+    how = {"forget": 1.0, "cut_late": 1.0, "cuts": 1, "rollouts": 1, "imitate": 0.0}
+    how["prompt_weight"] = 0.3
     config, batch = Config(n_bits=2, thought_grad="reinforce", **how), batch_of(roll, 3)
     stream, one, seen = roll.stream[0], model(roll.stream), set()
     for seed in range(8):
