@@ -41,7 +41,7 @@ TASKS = {
 PLAIN = "train.py config/automata.toml --n_bits=0 --curriculum=false --free=0"
 MODELS = {
     "thinking": "train.py config/automata.toml",
-    "cuts anywhere": "train.py config/automata.toml --cut_late=0",
+    "cuts anywhere": "train.py config/automata.toml --cut_late=0 --cuts=1",
     "plain 1": PLAIN,
     "plain 2": f"{PLAIN} --n_layer=2",
     "plain 4": f"{PLAIN} --n_layer=4",
@@ -115,8 +115,9 @@ def main() -> None:
             make(task)
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: run(*job), runs))
-    print("| task | model | seed | worst trained length | longest trained | length 500, window 8", end="")
-    print(" | never | random | constant | swapped | seconds |\n|" + " --- |" * 10)
+    heads = ["task", "model", "seed", "worst trained length", "longest trained"]
+    heads += ["length 500, window 8", *ABLATIONS, "seconds"]
+    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for job in runs:
         if row := line(*job):
             print(row)

@@ -30,7 +30,7 @@ class SoftmaxThoughts(nn.Module):
         self.embedding = nn.Embedding(2**n_bits, n_embd)
 
     def bits(self, number: Tensor) -> Tensor:
-        """(...) -> (..., K): 1 at the thought, -1 elsewhere; times infinity, noise that forces it."""
+        """(...) -> (..., K): 1 at the thought, else -1; times infinity, noise that forces it."""
         return 2.0 * F.one_hot(number, self.head.out_features) - 1
 
     def forward(self, number: Tensor) -> Tensor:
