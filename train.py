@@ -50,7 +50,7 @@ def pools(count: dict[int, int]) -> list[int]:
         if waiting >= POOL:
             stages.append(i)
             waiting = 0
-    return [*stages[: -1 if waiting else None], len(count)] if waiting else stages
+    return [*stages[:-1], len(count)] if waiting else stages
 
 
 class Curriculum:

@@ -1,11 +1,11 @@
 """
-One configuration, all automata: data, training runs and the table of docs/results.md.
+One configuration, all automata: data, training runs and the README's table of them.
 
   python lab/automata.py                                      every task and model, seed 1
   python lab/automata.py --tasks=parity,a5 --models=thinking,gru --seeds=1,2,3 --jobs=2
 
 Runs that are there already (out/automata/TASK/MODEL_SEED/report.json) are not run again; with
---jobs=0 none is, and the table is printed of what there is. A run takes one thread: about four
+--jobs=0 none is, and the table is printed of what there is. A run takes one thread: about five
 minutes the thinking one, a minute or two a plain one, a quarter of a minute the GRU.
 """
 
