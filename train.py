@@ -1,52 +1,605 @@
 """
 Train a GPT to think silently, from scratch: rollout, two parallel passes, hybrid loss, loop.
 
-  python train.py config/chain.toml                    the main job
-  python train.py config/chain.toml --think_cost=0.1   any value of `Config` can be changed
-  python train.py config/chain.toml --resume=true      go on where Ctrl-C stopped it
-  torchrun --nproc_per_node=2 train.py config/chain.toml   in two processes, as one would with twice the batch
+  python train.py                           the main job: chains modulo 5, half a minute
+  python train.py --think_cost=0.1          any value of `Config` can be changed; --help lists them
+  python train.py config/automata.toml --data=FOLDER --out=out/mine      another experiment
+  python train.py --resume=true             go on where Ctrl-C stopped it
+  torchrun --nproc_per_node=2 train.py      two processes, each with a batch of its own
 
-Writes to `out`: checkpoint.pt, metrics.jsonl, config.json and, at the end, report.json and report.png (report.py).
-Not here: any task (tasks come from data/), the network (model.py), the rollout (stream.py, fast.py), the loss (loss.py), config and checkpoints (runs.py).
+Writes to `out`: checkpoint.pt, metrics.jsonl, config.json and, at the end, report.json and
+report.png (lab/report.py). Not here: the network (model.py) and any task (data/).
+
+Glossary, beside model.py's
+  grid            a batch of rollouts: behind each real token, slots for what may follow it
+  full pass       one parallel forward over the grid, everything in view that was in the rollout
+  truncated pass  another, in which a sequence sees nothing from before a cut
+  cut             a thought; what came before it is forgotten
+  warm-up         thoughts cost nothing and are forced; in the cost phase that follows, the gate is
+                  asked, and each thought has its price
 """
 
 import dataclasses
+import difflib
 import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
+import tomllib
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from data.dataset import Batch, DataError, load_meta, load_split, load_vocabulary
-from fast import parallel_rollout, rollout_by_words
-from loss import evaluate, hybrid_loss, token_loss, wrong_words
-from model import GPT
-from runs import (
-    RANK, WORLD, Config, add_up_gradients, autocast, begin_with, how_to_think, join, leave, load_checkpoint, load_config, load_weights, model_config, pick_device,
-    run, save_checkpoint, total,
-)  # fmt: skip
-from stream import Noise, Rollout, Thinking, draw_noise, load_dice, rollout
+from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split, load_vocabulary
+from model import GPT, Cells, GPTConfig, Thinking, choose_thought, decide, generate, wants_to_think
+
+# ----------------------------------------------------------------------------------------------
+# config
+
+
+def option(default, help: str, low: float | None = None, high: float | None = None):
+    """A field with its line of help and the range of its values."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass
+class Config:
+    data: str = option("data/arithmetic", "folder with meta.json, train.bin, val.bin")
+    out: str = option("out/chain", "folder for everything that is written")
+    plain: str = option("", "folder of a finished plain run, to stand beside this one")
+    init_from: str = option("", "begin with the weights in this folder, or hf:NAME of Hugging Face")
+    resume: bool = option(False, "go on from the checkpoint in `out`")
+    seed: int = option(1, "of everything that is drawn", 0, 2**32)
+    device: str = option("auto", "auto, cpu, cuda or mps")
+    threads: int = option(0, "CPU threads, 0 for torch's choice", 0)
+    compile: bool = option(False, "torch.compile the parallel passes")
+    block: int = option(64, "tokens in a window of a text; sequences have their own lengths", 1)
+    # the network
+    n_bits: int = option(8, "bits of a thought; 0 trains a plain GPT", 0, 24)
+    n_layer: int = option(1, "layers", 1)
+    n_head: int = option(4, "attention heads", 1)
+    n_embd: int = option(64, "width", 1)
+    dropout: float = option(0.0, "dropout in training", 0, 0.99)
+    observer: str = option("", "layers the observer watches, e.g. 0,1, or quarters of the depth")
+    recall: bool = option(False, "RECALL, a cell that sees past the window and past a cut")
+    revise: float = option(0.0, "share of tokens tried with a wrong one, to teach REVISE", 0, 1)
+    window: int = option(0, "positions in view, in training and after; 0 for all", 0)
+    # optimisation
+    steps: int = option(1500, "optimiser steps", 1)
+    batch_tokens: int = option(512, "real tokens a step and process, all rollouts counted", 1)
+    lr: float = option(2e-3, "peak learning rate", 0)
+    gate_lr: float = option(5e-3, "of the gates and the observer: they start late", 0)
+    weight_decay: float = option(0.01, "of matrices", 0)
+    curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
+    # thoughts
+    max_run: int = option(1, "thoughts in a row, at most", 1)
+    force_think_prob: float = option(1.0, "probability of a run of thoughts in the warm-up", 0, 1)
+    warm_up: float = option(0.4, "share of the steps, at least, before thoughts cost", 0, 1)
+    think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
+    forget: float = option(1.0, "share of sequences that are cut in the truncated pass", 0, 1)
+    cuts: int = option(1, "truncated passes a step; all but the first are cut late", 1)
+    thinking_weight: float = option(1.0, "of the token loss of a cell that goes on to think", 0)
+    rollouts: int = option(4, "of each sequence in the cost phase, baselines of each other", 1)
+    horizon: int = option(0, "tokens whose loss a thought is rewarded by; 0: all that follow", 0)
+    explore: float = option(0.0, "least probability of what the gate does not want", 0, 0.5)
+    # habits
+    eval_every: int = option(250, "steps between validations, each with a checkpoint", 1)
+    eval_rows: int = option(200, "validation sequences a level", 1)
+    report: bool = option(True, "write report.json and report.png at the end")
+
+
+def parse(field: dataclasses.Field, text):
+    """A value from the command line or a TOML file as the field's type. Raises DataError."""
+    kind, low, high = field.type, field.metadata.get("low"), field.metadata.get("high")
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(text).lower()]
+        value = kind(str(text))
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+    except (ValueError, KeyError):
+        raise DataError(f"{field.name} = {text!r} is not a {kind.__name__}") from None
+    if low is not None and value < low or high is not None and value > high:
+        allowed = f"at least {low}" if high is None else f"{low} to {high}"
+        raise DataError(f"{field.name} = {text} is not allowed: {allowed}")
+    return value
+
+
+def load_config(argv: list[str], kind=Config):
+    """[FILE.toml] [--key=value ...] -> kind. Raises DataError; an unknown key gets the nearest."""
+    fields, values = {f.name: f for f in dataclasses.fields(kind)}, {}
+    if "--help" in argv or "-h" in argv:
+        print(sys.modules[kind.__module__].__doc__.strip() + "\n\nOptions, --name=value:")
+        for f in fields.values():
+            print(f"  --{f.name:18s} {str(f.default):18s} {f.metadata.get('help', '')}")
+        sys.exit()
+    for argument in argv:
+        if argument.startswith("--"):
+            name, equals, text = argument[2:].partition("=")
+            values[name] = text if equals else "true"
+            continue
+        try:
+            values |= tomllib.loads(Path(argument).read_text())
+        except OSError as error:
+            raise DataError(f"cannot read config {argument} ({error.strerror})") from None
+        except tomllib.TOMLDecodeError as error:
+            raise DataError(f"{argument} is not TOML: {error}") from None
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
+            raise DataError(f"there is no config key {name!r}; the nearest is {near!r}")
+    return kind(**{name: parse(fields[name], value) for name, value in values.items()})
+
+
+def run(entry, name: str) -> None:
+    """Call a main with the command line; what the user can mend becomes one sentence, exit 1."""
+    try:
+        entry(sys.argv[1:])
+    except (DataError, FloatingPointError) as error:
+        sys.exit(f"{name}: {error}")
+
+
+# ----------------------------------------------------------------------------------------------
+# the grid
+
+
+class Grid(NamedTuple):
+    """
+    Rollouts of B sequences of T real tokens, with S = 1 + R + 2 slots a token: slot 0 holds the
+    token, 1 to R the thoughts that follow it, then RECALL, then a wrong token that teaches REVISE.
+    A present cell of token t predicts token t + 1, but the wrong token, which predicts REVISE.
+    Reading order is `flatten(1)`. A sequence's last token is predicted, and never present itself.
+    """
+
+    token: Tensor  # (B, T, S) ids; slot 0 also behind a sequence's end
+    present: Tensor  # (B, T, S) bool
+
+    @property
+    def thinks(self) -> Tensor:  # (B, T, S) a thought follows this cell
+        return F.pad(self.present[:, :, 1:-2], (0, 3))
+
+    @property
+    def emits(self) -> Tensor:  # (B, T, S) this cell says the next token
+        no_wrong = torch.cat([self.present[:, :, :-1], self.present[:, :, -1:] & False], dim=2)
+        return no_wrong & ~self.thinks & ~self.recalls
+
+    @property
+    def recalls(self) -> Tensor:  # (B, T, S) RECALL follows this cell
+        last = self.present & ~self.thinks & self.present[:, :, -2:-1]
+        return torch.cat([last[:, :, :-2], last[:, :, -2:] & False], dim=2)
+
+    @property
+    def position(self) -> Tensor:
+        """(B, T, S) in the stream. RECALL and a wrong token stand where the next cell will."""
+        lasting = self.present.clone()
+        lasting[:, :, -2:] = False
+        return (lasting.flatten(1).cumsum(dim=1) - lasting.flatten(1).long()).view_as(lasting)
+
+    @property
+    def target(self) -> Tensor:  # (B, T, S) ids to be predicted, wrong tokens excepted
+        real = self.token[:, :, 0]
+        return F.pad(real[:, 1:], (0, 1))[:, :, None].expand_as(self.token)
+
+
+def may_think(grid: Grid, thinking: Thinking) -> Tensor:
+    """-> (B, T, S): the gate is asked here."""
+    asked = grid.present.clone()
+    asked[:, :, -3:] = False  # the last thought of a run, RECALL, a wrong token
+    if thinking.after is not None:
+        asked[:, :, 0] &= thinking.after[grid.token[:, :, 0]]
+    return asked
+
+
+LET = -2  # in `forced`: as the gate says
+
+
+@torch.no_grad()
+def rollout(
+    model: GPT, real: Tensor, length: Tensor, thinking: Thinking, generator=None, forced=None
+) -> Grid:
+    """
+    Walk all sequences, real (B, T) ids of length (B,), from left to right, every token given. At
+    token t the gate is asked for a thought, then behind that thought for the next, until no
+    sequence thinks; the last one goes through the network together with token t + 1.
+    forced: (B, T, R) thoughts to think there, -1 for none, LET for what the gate says; None: LET.
+    """
+    (B, T), V, K = real.shape, model.config.vocab_size, model.config.n_think
+    R, recall = thinking.runs(model.config), model.config.recall
+    token = real[:, :, None].repeat(1, 1, R + 3)
+    token[:, :, -2] = V + K if recall else 0
+    present = torch.zeros_like(token, dtype=torch.bool)
+    present[:, :, 0] = torch.arange(T, device=real.device) + 1 < length[:, None]
+    grid, cache, feed, count = Grid(token, present), None, [], torch.zeros_like(length)[:, None]
+    if not R and not recall:
+        return grid
+    for t in range(int(length.max()) - 1):
+        for run in range(R + 1 if recall else R):
+            feed.append((t, run))  # slots that go through the network now
+            here = torch.stack([present[:, i, slot] for i, slot in feed], dim=1)
+            ids = torch.stack([token[:, i, slot] for i, slot in feed], dim=1)
+            cells = Cells(count + here.cumsum(dim=1) - 1, seen=here)
+            out = model(ids, cells, cache, thinking.window)
+            count = count + here.sum(dim=1, keepdim=True)
+            cache = out.cache if recall else out.cache.last(thinking.window * (1 + R))
+            thinks = present[:, t, run] & (run < R)
+            if run == 0 and thinking.after is not None:
+                thinks = thinks & thinking.after[real[:, t]]
+            if run < R:
+                wants = wants_to_think(out, run, thinking, generator)
+                thought = choose_thought(model, out.thoughts[:, -1], thinking, generator)
+                if forced is not None:
+                    told = forced[:, t, run]
+                    wants = torch.where(told == LET, wants, told >= 0)
+                    thought = torch.where(told >= 0, told, thought)
+                thinks = thinks & wants
+                token[:, t, run + 1], present[:, t, run + 1] = V + thought, thinks
+            if recall:
+                looks = decide(out.recall[:, -1], thinking.force_recall, thinking, generator)
+                present[:, t, -2] |= present[:, t, run] & ~thinks & looks
+            feed = [(t, run + 1)]
+            if not thinks.any():
+                feed = []
+                break
+    return grid
+
+
+class Pass(NamedTuple):
+    """What a parallel pass puts out for every cell of a grid, (B, T, S, ...); 0 where none was."""
+
+    loss: Tensor  # nats: -log p(the token that comes next), or of REVISE at a wrong token
+    right: Tensor  # bool: that is the likeliest
+    thoughts: Tensor  # (B, T, S, d)
+    gate: Tensor  # logits
+    recall: Tensor
+    readings: Tensor  # (B, T, S, 3 or 0)
+
+
+CHUNK = 512  # cells that go through together; in longer streams a window bounds the work
+
+
+def read(
+    model: GPT,
+    grid: Grid,
+    window: int = 0,
+    used: Tensor | None = None,
+    segment: Tensor | None = None,
+    h: Tensor | None = None,
+    echoes: Tensor | None = None,
+) -> Pass:
+    """
+    One parallel pass over a grid. Only the cells `used` (B, T, S) go through the network, moved
+    together to the left; None: those that are present. segment (B, T, S): cells see their own only.
+    h (B, T, S, d): numbers of another pass's thoughts, into which the gradient of a thought goes on
+    (model.Thoughts.echo), where the cell that holds it is one of `echoes` (B, T, S).
+    """
+    used = grid.present if used is None else used
+    (B, T, S), config = used.shape, model.config
+    width = max(1, int(used.flatten(1).sum(dim=1).max()))
+    order = used.flatten(1).int().argsort(dim=1, descending=True, stable=True)[:, :width]  # (B, W)
+    order = order + torch.arange(B, device=order.device)[:, None] * (T * S)
+
+    def pick(x: Tensor) -> Tensor:  # (B, T, S, ...) -> (B, W, ...)
+        return x.flatten(0, 2).index_select(0, order.flatten()).unflatten(0, order.shape)
+
+    def put(x: Tensor) -> Tensor:  # (B, W, ...) -> (B, T, S, ...)
+        empty = x.new_zeros(B * T * S, *x.shape[2:])
+        return empty.index_copy(0, order.flatten(), x.flatten(0, 1)).unflatten(0, (B, T, S))
+
+    token, target, lasting = grid.token, grid.target, used
+    if config.recall or config.revise:  # cells that nobody sees
+        lasting = used.clone()
+        lasting[:, :, -2:] = False
+        target = target.clone()
+        target[:, :, -1] = config.vocab_size
+    cells = Cells(pick(grid.position), None if segment is None else pick(segment))
+    if config.recall or config.revise:
+        opens = torch.zeros_like(used)
+        opens[:, :, -2] = True
+        cells = cells._replace(seen=pick(lasting), sees_all=pick(opens))
+    x = model.embed(pick(token))  # (B, W, D)
+    if h is not None:
+        before = F.pad(h[:, :, :-1], (0, 0, 1, 0))  # a thought stands one slot behind its numbers
+        x = x + model.thoughts.echo(pick(before)) * pick(echoes)[..., None]
+    parts, cache = [], None
+    for start in range(0, width, CHUNK):
+        columns = slice(start, start + CHUNK)
+        out = model(x[:, columns], cells.part(columns), cache, window)
+        cache = out.cache if config.recall else out.cache.last(window)
+        parts.append(out[:5])
+    logits, thoughts, gate, recall, readings = (torch.cat(part, dim=1) for part in zip(*parts))
+    target = pick(target)
+    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    loss, right = loss.view_as(target), logits.argmax(dim=-1) == target
+    return Pass(*(put(part) for part in (loss, right, thoughts, gate, recall, readings)))
+
+
+# ----------------------------------------------------------------------------------------------
+# forgetting
+
+CUT_LATE = 0.7  # share of cuts shortly before the answer, with no thought left but the one there
+
+
+class Cut(NamedTuple):
+    """What is left of a grid in a truncated pass."""
+
+    left: Grid  # without thoughts that are hidden
+    used: Tensor  # (B, T, S) cells behind the cut; of a sequence without one, all
+    segment: Tensor  # (B, T, S)
+    depth: Tensor  # (B,) places for a cut behind this one; 0 where no thought is hidden
+
+
+def draw_cut(grid: Grid, batch: Batch, share: float, late: float = CUT_LATE) -> Cut:
+    """
+    A cut falls at a thought right behind a token of the prompt (not its last), so that this thought
+    is the first thing in view. A share of the sequences is cut, at any such place alike. But a
+    share `late` of those is cut at the last place, or the one before, or the one before that ..,
+    with probabilities 1/2, 1/4, 1/8 .., and thinks no more behind it. Then the thought at the cut
+    must tell by itself what the next few tokens need: not only the answer, but all that makes a
+    difference to it later. Otherwise a later thought, thought in full view, would know it.
+    A text is all prompt, and every token counts: there each place of a sequence is a cut.
+    """
+    (B, T, S), device = grid.token.shape, grid.token.device
+    if S == 3:  # no slot for a thought
+        whole = torch.zeros_like(grid.token)
+        return Cut(grid, grid.present, whole, whole[:, 0, 0])
+    t = torch.arange(T, device=device)
+    places = grid.present[:, :, 1] & (t + 1 < batch.prompt[:, None])  # (B, T)
+    behind = places.flip(1).cumsum(dim=1).flip(1) - 1  # (B, T) places behind each place
+    depth = (-torch.rand(B, 1, device=device).clamp(min=1e-6).log2()).long()
+    depth = torch.minimum(depth, behind[:, :1]).clamp(min=0)
+    anywhere = torch.rand(B, T, device=device).masked_fill(~places, -1).argmax(dim=1)
+    is_text = (batch.prompt == batch.length)[:, None]
+    is_cut = torch.rand(B, 1, device=device) < share
+    is_late = (torch.rand(B, 1, device=device) < late) & is_cut & places.any(1, True) & ~is_text
+    first = torch.where(is_late, behind == depth, F.one_hot(anywhere, T).bool()) | is_text
+    first = first & places & is_cut  # (B, T)
+    since = first.cumsum(dim=1)  # (B, T) cuts so far
+    present = grid.present.clone()
+    present[:, :, -1] = False
+    hidden = is_late & (since > 0) & ~first
+    present[:, :, 1:-2] &= ~hidden[:, :, None]
+    segment = since[:, :, None].repeat(1, 1, S)
+    segment[:, :, 0] -= first.long()  # the token before the thought stays behind
+    used = present & ((segment > 0) | ~first.any(dim=1)[:, None, None])
+    return Cut(grid._replace(present=present), used, segment, (depth * is_late)[:, 0])
+
+
+# ----------------------------------------------------------------------------------------------
+# the hybrid loss
+
+
+def mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean -> scalar; 0 where nothing has weight."""
+    return (x * weight).sum() / weight.sum().clamp(min=1)
+
+
+def counted_tokens(batch: Batch) -> Tensor:
+    """-> (B, T, 1): the token behind this one is the answer's; in a text, all are."""
+    t = torch.arange(batch.real.size(1), device=batch.real.device)
+    return ((t + 1 >= batch.prompt[:, None]) | (batch.prompt == batch.length)[:, None])[:, :, None]
+
+
+def token_loss(loss: Tensor, grid: Grid, counted: Tensor, thinking_weight: float) -> Tensor:
+    """
+    Mean of the (B, T, S) loss over the cells that emit a token that counts -> scalar. A cell that
+    goes on to think, or to RECALL, is charged for what it would have said, with a weight. That
+    closes a leak: a later thought may know the answer, but the cell before it must do with the
+    thought at the cut. And the gate's choice is between two things that are both trained.
+    """
+    weight = grid.emits + thinking_weight * (grid.thinks | grid.recalls)
+    return mean(loss, weight * counted)
+
+
+def return_to_go(cost: Tensor, grid: Grid, price: float, horizon: int = 0) -> Tensor:
+    """
+    (B, T, S): minus the (B, T, S) cost of all tokens emitted from this cell on, minus the price of
+    all thoughts and RECALLs decided from it on; with a horizon, of so many tokens only.
+    """
+    reward = -cost * grid.emits - price * (grid.thinks | grid.recalls)
+    returns = reward.flatten(1).flip(1).cumsum(dim=1).flip(1).view_as(cost)
+    if not horizon:
+        return returns
+    return returns - F.pad(returns[:, :, 0], (0, horizon))[:, horizon:, None]
+
+
+def baseline(returns: Tensor, cost: Tensor, rollouts: int) -> Tensor:
+    """
+    What a return-to-go is compared with: the mean, at the same token, of the other rollouts of the
+    sequence, which stand in groups (Kool et al. 2019, RLOO) -> (B, T, 1); or of a single rollout
+    what emitting at once would have cost -> (B, T, S).
+    """
+    if rollouts == 1:
+        return -cost
+    groups = returns[:, :, 0].view(-1, rollouts, returns.size(1))  # (B / rollouts, rollouts, T)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (rollouts - 1)
+    return others.view_as(returns[:, :, 0])[:, :, None]
+
+
+def log_choice(logit: Tensor, yes: Tensor, explore: float) -> Tensor:
+    """log p of what was done, in nats, by a gate that does either with at least `explore`."""
+    free = math.log(1 - 2 * explore + 1e-12) + F.logsigmoid(torch.where(yes, logit, -logit))
+    return torch.logaddexp(free, torch.full_like(free, math.log(explore + 1e-12)))
+
+
+def gate_loss(logit: Tensor, yes: Tensor, asked: Tensor, advantage: Tensor, explore: float):
+    """REINFORCE: minus the mean of advantage times log p of what was done, where it was asked."""
+    return -mean(advantage.detach() * log_choice(logit, yes, explore), asked)
+
+
+def value_of_thinking(cost: Tensor, grid: Grid, config: Config, rollouts: int):
+    """
+    Nats by which a thought at a cell lowered later costs, before its price -> (B, T, S), and where
+    that is known. With a horizon of one token: its cost if emitted at once less its cost behind
+    the thought. Else from rollouts of the same sequence that did the other thing at the same
+    token: each cell's own later cost against the mean of theirs.
+    """
+    later = -return_to_go(cost, grid, 0.0, config.horizon)
+    if config.horizon == 1:
+        return cost - later, grid.thinks
+    groups = (-1, rollouts, cost.size(1))
+    value = later[:, :, 0].view(groups)  # (B / rollouts, rollouts, T)
+    thought = grid.thinks[:, :, 0].view(groups)
+    emitted = (grid.present[:, :, 0] & ~grid.thinks[:, :, 0]).view(groups)
+
+    def average(which: Tensor) -> Tensor:
+        return (value * which).sum(1, keepdim=True) / which.sum(1, keepdim=True).clamp(min=1)
+
+    worth = torch.where(thought, average(emitted) - value, value - average(thought))
+    known = (thought | emitted) & thought.any(1, keepdim=True) & emitted.any(1, keepdim=True)
+    first = cost[:, :, :1]  # only slot 0 is compared
+    beside = (0, cost.size(2) - 1)
+    return F.pad(worth.view_as(first), beside), F.pad(known.view_as(first), beside)
+
+
+def observer_loss(readings: Tensor, targets: list[Tensor], known: list[Tensor]) -> Tensor:
+    """Squared error of each reading (B, T, S, 3), mean over where its target is known, summed."""
+    errors = [(readings[..., i] - target.detach()).square() for i, target in enumerate(targets)]
+    return sum(mean(error, where) for error, where in zip(errors, known))
+
+
+IMITATE = 0.01  # weight of imitation_loss
+
+
+def imitation_loss(model: GPT, kept: Pass, left: Grid) -> Tensor:
+    """-log p, in the truncated pass, of the thoughts behind the cut, thought in full view."""
+    number = (left.token.roll(-1, dims=2) - model.config.vocab_size) * left.thinks
+    return -mean(model.thoughts.log_probability(kept.thoughts, number), left.thinks)
+
+
+def demonstration_loss(model: GPT, out: Pass, grid: Grid, batch: Batch, asked: Tensor) -> Tensor:
+    """-log p of what to think, and of when, where thoughts are demonstrated -> scalar, nats."""
+    shown = batch.shown[:, None, None]
+    number = (grid.token.roll(-1, dims=2) - model.config.vocab_size) * grid.thinks
+    what = model.thoughts.log_probability(out.thoughts, number)
+    when = log_choice(out.gate, grid.thinks, 0.0)
+    return -mean(what, grid.thinks & shown) - mean(when, asked & shown)
+
+
+def with_wrong_tokens(grid: Grid, batch: Batch, share: float, V: int) -> Grid:
+    """
+    Put wrong tokens beside the true ones, for REVISE: those that the data hold, and for a share of
+    the tokens that the model may have emitted itself a random other one. Nobody sees them.
+    """
+    B, T, _ = grid.token.shape
+    drawn = (batch.real + torch.randint(1, V, (B, T), device=batch.real.device)) % V
+    tried = torch.rand(B, T, device=batch.real.device) < share
+    wrong = torch.where(batch.wrong >= 0, batch.wrong, torch.where(tried, drawn, -1))
+    wrong = F.pad(wrong[:, 1:], (0, 1), value=-1)  # it stands behind the token before it
+    token, present = grid.token.clone(), grid.present.clone()
+    token[:, :, -1] = wrong.clamp(min=0)
+    present[:, :, -1] = (wrong >= 0) & counted_tokens(batch)[:, :, 0] & present[:, :, 0]
+    return Grid(token, present)
+
+
+def answers_right(out: Pass, grid: Grid, counted: Tensor) -> Tensor:
+    """-> (B,) bool: every token that counts is the likeliest where it is emitted."""
+    return (out.right | ~(grid.emits & counted)).flatten(1).all(dim=1)
+
+
+def hybrid_loss(model, grid: Grid, batch: Batch, thinking: Thinking, config: Config, paid: bool):
+    """
+    All of a training step between rollout and optimiser -> {name: term}, which add up to the loss,
+    and for the curriculum (B,) bool: the answer is right with the past cut off; and where one may
+    expect it.
+    """
+    counted, window, terms = counted_tokens(batch), config.window, {}
+    if config.revise:
+        grid = with_wrong_tokens(grid, batch, config.revise, model.config.vocab_size)
+    out = read(model, grid, window)  # the full pass
+    terms["tokens"] = token_loss(out.loss, grid, counted, config.thinking_weight)
+    right, expected = answers_right(out, grid, counted), torch.ones_like(batch.shown)
+    if config.revise:
+        weight = mean(grid.present[:, :, -1].float(), grid.present[:, :, 0] & counted[:, :, 0])
+        terms["revise"] = weight * mean(out.loss[:, :, -1], grid.present[:, :, -1])
+
+    if model.config.n_bits:  # truncated passes, through which later losses reach earlier thoughts
+        echoes = F.pad(grid.thinks[:, :, :-1], (1, 0)) & ~batch.shown[:, None, None]
+        for look in range(config.cuts if config.forget else 1):
+            cut = draw_cut(grid, batch, config.forget, 1.0 if look else CUT_LATE)
+            used = grid.present if config.recall else cut.used  # RECALL sees what is cut off
+            kept = read(model, grid, window, used, cut.segment, out.thoughts, echoes)
+            left = cut.left._replace(present=cut.used)
+            loss = token_loss(kept.loss, left, counted, config.thinking_weight)
+            terms["truncated"] = terms.get("truncated", 0.0) + loss
+            if look == 0:
+                terms["imitation"] = IMITATE * imitation_loss(model, kept, left)
+                right, expected = answers_right(kept, left, counted), cut.depth == 0
+
+    cost = out.loss.detach() * counted
+    price = config.think_cost * paid
+    returns = return_to_go(cost, grid, price, config.horizon)
+    asked, shown = may_think(grid, thinking), batch.shown[:, None, None]
+    if paid:
+        advantage = returns - baseline(returns, cost, config.rollouts)
+        if model.config.n_bits:
+            asked_here = asked & ~shown
+            terms["gate"] = gate_loss(out.gate, grid.thinks, asked_here, advantage, config.explore)
+        if config.recall:
+            last = grid.recalls | grid.emits
+            last[:, :, -2:] = False
+            terms["recall"] = gate_loss(out.recall, grid.recalls, last, advantage, config.explore)
+    if config.observer:
+        present = grid.emits | grid.thinks | grid.recalls
+        worth, known = value_of_thinking(cost, grid, config, config.rollouts if paid else 1)
+        targets = [out.loss, worth, -returns]
+        terms["observer"] = observer_loss(out.readings, targets, [present, known, present])
+    if batch.thoughts.size(2) and model.config.n_bits:
+        terms["demonstrations"] = demonstration_loss(model, out, grid, batch, asked)
+    return terms, right, expected
+
+
+# ----------------------------------------------------------------------------------------------
+# evaluation
+
+
+@torch.no_grad()
+def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
+    """
+    The rollout of a batch, and how good it is: a greedy answer is right if and only if each of its
+    tokens is the likeliest behind the right ones before it. With REVISE the model answers freely.
+    -> grid; (B,) bool: the whole answer is right; (B, T) nats of each next token, 0 behind the end.
+    """
+    was_training = model.training
+    model.eval()
+    grid = rollout(model, batch.real, batch.length, thinking, generator)
+    out = read(model, grid, thinking.window)
+    right = answers_right(out, grid, counted_tokens(batch))
+    if model.config.revise:
+        for i, (prompt, end) in enumerate(zip(batch.prompt.tolist(), batch.length.tolist())):
+            row = batch.real[i, :end].tolist()
+            right[i] = row == generate(model, row[:prompt], end - prompt, thinking)
+    model.train(was_training)
+    return grid, right, (out.loss * grid.emits).sum(dim=2)
+
 
 # ----------------------------------------------------------------------------------------------
 # the curriculum
 
-POOL = 64  # rows, at least, that come into use together
-MASTERED = 0.97  # share of the newest rows that is right, with the past cut off, when the next come into use
+POOL = 64  # sequences, at least, that come into use together
+MASTERED = 0.97  # share of the newest that is right, with the past cut off, when the next come
 NEARLY, PATIENCE = 0.85, 150  # or this share, when so many steps have brought no more
 RATE = 0.2  # of the moving average of that share
 LAST_CALL = 0.75  # of the steps: then the levels that are left come into use all the same
 
 
 def pools(count: dict[int, int]) -> list[int]:
-    """{level: rows}, shortest level first -> how many levels are in use at each stage: as few more as hold POOL rows, the rest with the last."""
+    """
+    {level: sequences}, shortest level first -> how many levels are in use at each stage: as few
+    more as hold POOL sequences, the rest with the last.
+    """
     stages, waiting = [], 0
-    for i, rows in enumerate(count.values(), start=1):
-        waiting += rows
+    for i, sequences in enumerate(count.values(), start=1):
+        waiting += sequences
         if waiting >= POOL:
             stages.append(i)
             waiting = 0
@@ -54,14 +607,17 @@ def pools(count: dict[int, int]) -> list[int]:
 
 
 class Curriculum:
-    """Short problems first, longer ones when the newest in use are mastered. It counts what is right, not nats, so that it knows no task."""
+    """
+    Short problems first, longer ones when the newest in use are mastered. It counts what is right,
+    not nats, so that it knows no task.
+    """
 
     def __init__(self, count: dict[int, int], grows: bool = True):
-        """count: {level: rows}, shortest level first. Without `grows` all are in use from the start."""
+        """count: {level: sequences}, shortest first. Without `grows` all are in use at once."""
         self.every = list(count)
         self.stages = pools(count) if grows else [len(count)]  # levels in use at each stage
         self.stage, self.grown = 0, 0  # which stage it is, and the step at which it began
-        self.right = 0.0  # moving average: share of the newest rows that is right
+        self.right = 0.0  # moving average: share of the newest that is right
         self.learned = not grows  # the last stage is mastered
 
     @property
@@ -78,205 +634,309 @@ class Curriculum:
     def mastered(self) -> list[int]:
         return self.levels if self.learned else self.levels[: -len(self.newest)]
 
+    @property
+    def emphasised(self) -> int:
+        """How many levels, the last, half of each batch is drawn from; 0: all are drawn alike."""
+        return 0 if self.learned else len(self.newest)
+
     def open(self) -> None:
         """Take in all levels that are left, together with the newest, which are not mastered."""
         self.stages = self.stages[: self.stage] + [len(self.every)]
-        self.right = 0.0  # what it was, it was of easier levels
+        self.right = 0.0
 
-    @property
-    def emphasised(self) -> int:
-        """How many levels, the last ones, half of the rows are drawn from; 0: all are drawn alike."""
-        return 0 if self.learned else len(self.newest)
-
-    def grow(self, step: int, level: Tensor, right: Tensor, asked: Tensor | None = None) -> None:
-        """level (B,) of each row; right, asked (B,) bool: answered right, and whether one may expect it; None is all."""
-        counted = (level >= self.newest[0]) & (torch.ones_like(right) if asked is None else asked)
-        if count := total(counted.sum()).item():
-            self.right += RATE * (total((right & counted).sum()).item() / count - self.right)
-        if self.right > MASTERED or self.right > NEARLY and step - self.grown > PATIENCE:
+    def grow(self, step: int, level: Tensor, right: Tensor, expected: Tensor) -> None:
+        """level (B,); right, expected (B,) bool: answered right, and whether one may expect it."""
+        counted = (level >= self.newest[0]) & expected
+        hits, count = total(torch.stack([(right & counted).sum(), counted.sum()])).tolist()
+        if count:
+            self.right += RATE * (hits / count - self.right)
+        waited = step - self.grown > PATIENCE
+        if self.right > MASTERED or self.right > NEARLY and waited:
             if self.stage < len(self.stages) - 1:
                 self.stage, self.grown, self.right = self.stage + 1, step, 0.5
             else:
                 self.learned = True
 
     def state(self) -> dict:
-        """What a checkpoint keeps; `mastered` is for the report."""
-        names = ("stages", "stage", "grown", "right", "learned", "mastered")
+        names = ("stages", "stage", "grown", "right", "learned")
         return {name: getattr(self, name) for name in names}
 
     def load_state(self, state: dict) -> None:
-        for name in ("stages", "stage", "grown", "right", "learned"):
-            setattr(self, name, state[name])
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+# ----------------------------------------------------------------------------------------------
+# several processes, devices, checkpoints
+
+# Each process draws a batch of its own; gradients are averaged, so all have the same weights.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all processes."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def average_gradients(model: GPT) -> None:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = total(torch.cat([g.flatten() for g in gradients])) / WORLD  # one message
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def pick_device(name: str) -> str:
+    """"auto" or the name of a device -> a device that is here. Raises DataError."""
+    mps = torch.backends.mps.is_available() and WORLD == 1
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
+    if name not in ("auto", *here):
+        raise DataError(f"device = {name!r} is not here; this machine has {', '.join(here)}")
+    return here[0] if name == "auto" else name
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Written beside and renamed: a crash midway leaves the old file or the new, never a part."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(folder: str, device: str = "cpu") -> dict:
+    """Raises DataError."""
+    path = Path(folder) / "checkpoint.pt"
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"there is no checkpoint in {folder}: train first") from None
+    except Exception as error:
+        reason = f"({type(error).__name__}): it is damaged or not ours"
+        raise DataError(f"{path} cannot be read as a checkpoint {reason}") from None
+
+
+def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]:
+    """-> model in evaluation mode, vocabulary, the checkpoint. Raises DataError."""
+    state = load_checkpoint(folder, device)
+    try:
+        model = GPT(GPTConfig(**state["network"])).to(device)
+        model.load_state_dict(state["model"])
+        return model.eval(), load_vocabulary(state["meta"]), state
+    except (KeyError, TypeError, RuntimeError):
+        message = f"the checkpoint in {folder} was written by another program or version"
+        raise DataError(message) from None
+
+
+def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking:
+    """As in training: by the gate once prices or demonstrations have taught it, else forced."""
+    force = None if paid else config.force_think_prob
+    taught = vocabulary.meta.get("thoughts")
+    return Thinking(
+        max_run=config.max_run,
+        force=None if taught else force,
+        force_recall=force,
+        after=vocabulary.think_after(),
+        window=config.window,
+    )
+
+
+def as_trained(state: dict, vocabulary: Vocabulary) -> Thinking:
+    """How the model of a checkpoint thinks, greedily."""
+    config = Config(**state["config"])
+    thinking = how_to_think(config, vocabulary, state["progress"]["paid"])
+    return dataclasses.replace(thinking, greedy=True)
+
+
+def new_model(config: Config, vocabulary: Vocabulary) -> GPT:
+    """The model to be trained, with its first weights. Raises DataError."""
+    shared = {f.name for f in dataclasses.fields(GPTConfig)}
+    sizes = {k: v for k, v in dataclasses.asdict(config).items() if k in shared}
+    sizes |= {"vocab_size": len(vocabulary.tokens), "revise": config.revise > 0}
+    source = config.init_from
+    try:
+        if source.startswith("hf:"):
+            return GPT.from_pretrained(source[3:], **sizes)
+        model = GPT(GPTConfig(**sizes))
+        if source:
+            state = load_checkpoint(source)
+            if load_vocabulary(state["meta"]).tokens != vocabulary.tokens:
+                raise DataError(f"the model in {source} has another vocabulary")
+            model.warm_start(state["model"])
+        return model
+    except ImportError:
+        message = "GPT-2 weights need the package transformers: pip install transformers"
+        raise DataError(message) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source} {str(error).splitlines()[0]}".strip()) from None
 
 
 # ----------------------------------------------------------------------------------------------
 # the loop
 
-
-def rolls_in_parallel(config: Config, device: str, rows: int, words: int) -> bool:
-    """
-    Word by word, a step costs what it costs to call the network, and its rows' share; parallel, there are few calls, but a column is computed again in
-    every pass. On a CPU the calls are dear for few rows of few words only (bench.py shows where), on a GPU for all. Dropout allows no second pass.
-    """
-    possible = not (config.dropout or config.window or config.recall)
-    return config.rollout == "parallel" or config.rollout == "auto" and possible and (device != "cpu" or rows <= 16 and rows * words <= 800)
+WARM_STEPS, FINAL_LR, CLIP = 100, 0.1, 1.0  # of the learning rate; and the gradient's largest norm
+LOG_EVERY = 50
 
 
-def find_rollout(model: GPT, batch: Batch, config: Config, device: str, thinking: Thinking, generator=None, noise: Noise | None = None) -> tuple[Rollout, int]:
-    """The one rollout there is for this noise, in the way that costs less -> the rollout, passes through the model."""
-    if rolls_in_parallel(config, device, *batch.real.shape):
-        return parallel_rollout(model, batch.real, batch.length, thinking, generator, noise)
-    graph = config.compile and device == "cuda" and not config.n_positions  # whose end is looked for at every column, and a graph cannot look
-    if not config.recall and not graph:
-        return rollout_by_words(model, batch.real, batch.length, thinking, generator, noise)
-    roll = rollout(model, batch.real, batch.length, thinking, generator, noise, graph)
-    return roll, roll.stream.size(1) * (model.gate is not None)
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rates: linear warm-up, then cosine decay to FINAL_LR."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1, (step + 1) / WARM_STEPS) * (FINAL_LR + (1 - FINAL_LR) * cosine)
 
 
 class Trainer:
     def __init__(self, config: Config):
+        """Raises DataError."""
         self.config, self.device = config, pick_device(config.device)
-        if config.thought_grad not in ("echo", "reinforce"):
-            raise DataError(f"thought_grad = {config.thought_grad!r} is neither echo nor reinforce")
-        if config.rollout not in ("sequential", "parallel", "auto"):
-            raise DataError(f"rollout = {config.rollout!r} is none of sequential, parallel, auto")
-        if config.rollout == "parallel" and (config.dropout or config.window or config.recall):
-            raise DataError("rollout = parallel needs dropout = 0, window = 0 and recall = false: a pass must say twice what it said once")
-        if config.baseline not in ("leave_one_out", "observer", "both"):
-            raise DataError(f"baseline = {config.baseline!r} is none of leave_one_out, observer, both")
-        if config.baseline != "leave_one_out" and not config.observer:
-            raise DataError(f"baseline = {config.baseline!r} needs an observer, e.g. --observer=quarters")
-        if config.window < 0 or not 0 <= config.corrupt <= 1:
-            raise DataError(f"window = {config.window} cannot be negative, and corrupt = {config.corrupt} is a share, 0 to 1")
         if config.threads:
             torch.set_num_threads(config.threads)
+        prepare_data(config.data)
         self.meta = load_meta(config.data)
         self.vocabulary = load_vocabulary(self.meta)
-        self.train_rows, self.val_rows = (load_split(config.data, s, self.vocabulary, config.block, config.demonstrate) for s in ("train", "val"))
-        told, symbols = self.train_rows.first(1, self.train_rows.levels[0]).thoughts.size(2), len(self.meta.get("thoughts", []))
-        if config.demonstrate and config.n_think and (told > config.max_run or symbols > config.n_think):
-            raise DataError(f"the data demonstrate {symbols} thoughts, up to {told} in a row: more than n_think = {config.n_think}, max_run = {config.max_run}")
-        columns = max(map(self.train_rows.longest, self.train_rows.levels)) * (1 + config.max_run * (config.n_think > 0) + config.recall)
-        if config.n_positions and config.n_positions < columns:
-            raise DataError(f"n_positions = {config.n_positions} is too few: a stream of these data may have {columns} columns")
+        self.rows = load_split(config.data, "train", self.vocabulary, config.block)
+        self.val_rows = load_split(config.data, "val", self.vocabulary, config.block)
+        told = self.rows.first(1, self.rows.levels[0]).thoughts.size(2)
+        symbols = len(self.meta.get("thoughts", []))
+        if config.n_bits and (told > config.max_run or symbols > 2**config.n_bits):
+            message = f"the data demonstrate {symbols} thoughts, up to {told} in a row: more than"
+            raise DataError(f"{message} n_bits = {config.n_bits}, max_run = {config.max_run} hold")
         torch.manual_seed(config.seed)
-        try:
-            self.model = GPT(model_config(len(self.vocabulary.tokens), config))
-        except ValueError as error:
-            raise DataError(str(error)) from None
-        if config.init_from and not config.resume:
-            begin_with(self.model, config.init_from, self.vocabulary)
-        self.model.to(self.device)
-        self.autocast = autocast(config.precision, self.device)
-        self.parallel = torch.compile(self.model, dynamic=True) if config.compile else self.model
-        self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay, (config.beta1, config.beta2))
-        named = [(".observer." in name, p) for name, p in self.model.named_parameters()]  # the observer's surprises must not shorten everyone's step
-        self.clipped = [[p for watching, p in named if watching == which] for which in (False, True)]
-        self.generator = torch.Generator().manual_seed(config.seed)  # rows
-        self.noise = torch.Generator(self.device).manual_seed(config.seed)  # rollouts, cuts
-        self.free, self.taught = (how_to_think(config, self.vocabulary, paid) for paid in (False, True))
+        self.model = new_model(config, self.vocabulary).to(self.device)
+        self.network = torch.compile(self.model, dynamic=True) if config.compile else self.model
+        self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay)
+        watching = {p for n, p in self.model.named_parameters() if ".observer." in n}
+        others = [p for p in self.model.parameters() if p not in watching]
+        self.clipped = [others, list(watching)]  # apart: one's size must not shrink the other
+        self.curriculum = Curriculum(self.rows.count, config.curriculum)
         self.step, self.seconds, self.paid = 0, 0.0, False
-        self.curriculum = Curriculum(self.train_rows.count, config.curriculum)
 
     @property
     def thinking(self) -> Thinking:
-        return self.taught if self.paid else self.free
+        return how_to_think(self.config, self.vocabulary, self.paid)
 
-    def schedule(self) -> float:
-        """Share of the peak learning rates: linear warm-up, then cosine decay."""
-        c, done = self.config, self.step / self.config.steps
-        return min(1, (self.step + 1) / c.warmup) * (c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+    def draw(self) -> Batch:
+        """A batch of the levels in use; in the cost phase each sequence several times."""
+        c, levels = self.config, self.curriculum.levels
+        several = c.rollouts if self.paid else 1
+        count = max(1, c.batch_tokens // self.rows.longest(levels[-1]) // several)
+        batch = self.rows.draw(count, levels, None, newest=self.curriculum.emphasised)
+        return batch.to(self.device).repeat(several)
 
     def train_step(self) -> dict:
         c = self.config
-        several = c.rollouts if self.model.gate is not None and (self.paid or c.thought_grad == "reinforce") else 1
-        levels = self.curriculum.levels
-        rows = max(WORLD, WORLD * c.batch_tokens // self.train_rows.longest(levels[-1]) // several)
-        first, end = (several * (rows * rank // WORLD) for rank in (RANK, RANK + 1))  # a row's rollouts stay together
-        whole = self.train_rows.draw(rows, levels, self.generator, c.shown_share, self.curriculum.emphasised).to(self.device).repeat(several)
-        if c.revise:
-            whole = whole._replace(wrong=wrong_words(whole, len(self.vocabulary.tokens), c.corrupt, self.noise))
-        batch = Batch(*(part[first:end] for part in whole))
-        thinking, noise = dataclasses.replace(self.thinking, explore=c.explore), None
-        if self.model.gate is not None:
-            noise = Noise(*(part[first:end] for part in draw_noise(self.model, *whole.real.shape, thinking, self.noise)))
-        if c.n_think and batch.thoughts.size(2):
-            noise = load_dice(self.model, noise, batch.thoughts, batch.shown[:, None])
-        with self.autocast:
-            roll, passes = find_rollout(self.model, batch, c, self.device, thinking, noise=noise)
-            loss, log = hybrid_loss(self.parallel, roll, batch, c, self.paid, self.noise)
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["peak_lr"] * self.schedule()
-        self.optimiser.zero_grad()
-        loss.backward()
-        if WORLD > 1:
-            add_up_gradients(self.model)
-        norm = sum(torch.nn.utils.clip_grad_norm_(some, c.clip).item() for some in self.clipped)
-        if not math.isfinite(loss.item() + norm):
-            raise FloatingPointError(f"the loss is {loss.item()}, its gradient {norm}, at step {self.step}: a lower --lr may help; nothing was saved since")
-        self.optimiser.step()
-        tokens = total(roll.speaks.sum()).item()
-        log |= {"step": self.step, "paid": self.paid, "level": levels[-1], "thoughts_per_token": total(roll.thinks.sum()).item() / tokens, "tokens": tokens}
-        if c.recall:
-            log["recalls_per_token"] = total(roll.recalls.sum()).item() / tokens
-        log["passes_per_column"] = passes / roll.stream.size(1)  # of this process
-        self.curriculum.grow(self.step, batch.level, log.pop("right"), log.pop("asked"))
-        self.charge()
+        # every step's chance follows from its number: a resumed run draws what a whole one would
+        torch.manual_seed((c.seed * 1_000_003 + self.step) * WORLD + RANK)
+        batch = self.draw()
+        thinking = dataclasses.replace(self.thinking, explore=c.explore)
+        forced = None
+        if batch.thoughts.size(2):
+            forced = torch.where(batch.shown[:, None, None], batch.thoughts, LET)
+            forced = F.pad(forced, (0, c.max_run - forced.size(2)), value=-1)
+            forced[~batch.shown] = LET
+        half = self.device == "cuda" and torch.cuda.is_bf16_supported()
+        with torch.autocast(self.device, torch.bfloat16) if half else nullcontext():
+            grid = rollout(self.model, batch.real, batch.length, thinking, forced=forced)
+            found = hybrid_loss(self.network, grid, batch, thinking, c, self.paid)
+        terms, right, expected = found
+        self.update(sum(terms.values()))
+        self.curriculum.grow(self.step, batch.level, right, expected)
+        tokens = int(grid.emits.sum())
+        log = {"step": self.step, "paid": self.paid, "level": self.curriculum.levels[-1]}
+        log |= {"loss": terms.pop("tokens").item()}
+        log |= {f"loss_{name}": term.item() for name, term in terms.items()}
+        log |= {"right": right.float().mean().item(), "tokens": tokens}
+        log |= {"thoughts_per_token": int(grid.thinks.sum()) / tokens}
+        log |= {"recalls_per_token": int(grid.recalls.sum()) / tokens}
+        self.begin_to_charge()
         self.step += 1
         return log
 
-    def charge(self) -> None:
-        """Thoughts begin to cost once the last level is learned or, late, when it evidently is not; then all levels are in use."""
+    def update(self, loss: Tensor) -> None:
+        """Backward, clip, one step of the optimiser. Raises FloatingPointError."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak_lr"] * schedule(self.step, self.config.steps)
+        self.optimiser.zero_grad()
+        loss.backward()
+        if WORLD > 1:
+            average_gradients(self.model)
+        norms = [torch.nn.utils.clip_grad_norm_(some, CLIP).item() for some in self.clipped]
+        if not math.isfinite(loss.item() + sum(norms)):
+            message = f"the loss is {loss.item()}, its gradient {norms[0]}, at step {self.step}"
+            raise FloatingPointError(f"{message}: a lower --lr may help; nothing was saved since")
+        self.optimiser.step()
+
+    def begin_to_charge(self) -> None:
+        """The cost phase begins when all is learned, or late, when it evidently will not be."""
         c, curriculum = self.config, self.curriculum
-        if self.step == int(LAST_CALL * c.steps) and not curriculum.learned:
-            if not RANK:
-                what = "thoughts begin to cost all the same" if curriculum.levels == curriculum.every else "from here on all levels are in use"
-                print(f"level {curriculum.newest[0]} is not learned after {self.step} steps: {what}", flush=True)
-            curriculum.open()
         late = self.step >= LAST_CALL * c.steps
-        if self.model.gate is not None and self.step >= c.free * c.steps and (curriculum.learned or late):
+        if self.step == int(LAST_CALL * c.steps) and not curriculum.learned:
+            what = "from here on all levels are in use"
+            if curriculum.levels == curriculum.every:
+                what = "thoughts begin to cost all the same"
+            if RANK == 0:
+                level = curriculum.newest[0]
+                print(f"level {level} is not learned after {self.step} steps: {what}", flush=True)
+            curriculum.open()
+        decides = c.n_bits or c.recall
+        if decides and self.step >= c.warm_up * c.steps and (curriculum.learned or late):
             self.paid = True
 
     def validate(self) -> dict:
-        """{level: share of validation rows answered right, or nats a token where there is no answer}, greedy, with its own chance."""
-        own, result = torch.Generator(self.device).manual_seed(0), {}
+        """{level: share of answers right, or nats a token where there is none}, greedy."""
+        generator, result = torch.Generator(self.device).manual_seed(0), {}
+        thinking = dataclasses.replace(self.thinking, greedy=True)
         for level in self.val_rows.levels:
             batch = self.val_rows.first(self.config.eval_rows, level).to(self.device)
-            roll, right = evaluate(self.model, batch, dataclasses.replace(self.thinking, greedy=True), own)
-            asked = (batch.prompt < batch.length).any()
-            result[level] = round((right.float().mean() if asked else token_loss(self.model, roll).mean()).item(), 4)
+            _, right, loss = evaluate(self.model, batch, thinking, generator)
+            is_text = bool((batch.prompt == batch.length).all())
+            value = loss.sum() / (batch.length - 1).sum() if is_text else right.float().mean()
+            result[level] = round(value.item(), 4)
         return result
 
-    # everything that a resumed run needs to equal one that was never stopped
     def state(self) -> dict:
+        """Everything that a resumed run needs to equal one that was never stopped."""
         return {
             "config": dataclasses.asdict(self.config),
+            "network": dataclasses.asdict(self.model.config),
             "meta": self.meta,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "progress": {"step": self.step, "seconds": self.seconds, "paid": self.paid},
             "curriculum": self.curriculum.state(),
-            "random": [self.generator.get_state(), self.noise.get_state(), torch.get_rng_state()],
+            "mastered": self.curriculum.mastered,
         }
 
     def load_state(self, state: dict) -> None:
-        if state.get("meta") != self.meta:
-            raise DataError(f"the checkpoint was trained on other data than {self.config.data} holds now")
-        load_weights(self.model, state["model"])
+        """Raises DataError."""
+        if state["meta"] != self.meta:
+            message = f"the checkpoint was trained on other data than {self.config.data} holds now"
+            raise DataError(message)
+        if state["network"] != dataclasses.asdict(self.model.config):
+            raise DataError("the checkpoint is of another shape than the config asks for")
+        self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
         self.curriculum.load_state(state["curriculum"])
-        self.generator.set_state(state["random"][0].cpu())
-        self.noise.set_state(state["random"][1].cpu())
-        torch.set_rng_state(state["random"][2].cpu())
 
 
-def progress_line(log: dict, config: Config, tokens_per_second: float, seconds_left: float) -> str:
-    phase = "" if not (config.n_think or config.recall) else "  paid" if log["paid"] else "  free"
+def prepare_data(folder: str) -> None:
+    """Make the data of a task that comes with the program, if they are not there yet."""
+    script = Path(folder) / "prepare.py"
+    if script.exists() and not (Path(folder) / "meta.json").exists():
+        print(f"{folder} holds no data yet: python {script}", flush=True)
+        if subprocess.run([sys.executable, str(script)], check=False).returncode:
+            raise DataError(f"{script} failed")
+
+
+def progress_line(log: dict, rate: float, left: float) -> str:
+    phase = "costs" if log["paid"] else "warm-up"
     return (
-        f"step {log['step']:5d}{phase}  level {log['level']:2d}  loss {log['loss']:.3f}  accuracy {log['accuracy']:.2f}  "
-        f"thoughts/token {log['thoughts_per_token']:.2f}  {tokens_per_second:,.0f} tokens/s  {seconds_left:.0f} s left"
+        f"step {log['step']:5d}  {phase:7s}  level {log['level']:2d}  loss {log['loss']:.3f}  "
+        f"right {log['right']:.2f}  thoughts/token {log['thoughts_per_token']:.2f}  "
+        f"{rate:,.0f} tokens/s  {left:.0f} s left"
     )
 
 
@@ -284,27 +944,33 @@ def train(trainer: Trainer) -> bool:
     """The loop -> False if Ctrl-C ended it early."""
     config, out = trainer.config, Path(trainer.config.out)
     stop = []
-    former = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
-    started, mark, tokens = time.monotonic() - trainer.seconds, (time.monotonic(), trainer.step), 0
+    signals = (signal.SIGINT, signal.SIGTERM)
+    former = {s: signal.signal(s, lambda *_: stop.append(1)) for s in signals}
+    started, mark, tokens = time.monotonic() - trainer.seconds, time.monotonic(), 0
+    since = trainer.step
     last, stopped = trainer.step >= config.steps, False
     with open(os.devnull if RANK else out / "metrics.jsonl", "a", buffering=1) as metrics:
         while not (last or stopped):
             log = trainer.train_step()
             trainer.seconds = time.monotonic() - started
             tokens += log.pop("tokens")
-            last, stopped = trainer.step >= config.steps, total(torch.tensor(len(stop))).item()  # one is stopped, all stop
+            last = trainer.step >= config.steps
+            stopped = bool(total(torch.tensor(len(stop))))  # one is stopped, all stop
             if RANK:
                 continue
-            if trainer.step % config.log_every == 0 or last:
-                now, steps = time.monotonic(), trainer.step - mark[1]
-                rate, left = tokens / (now - mark[0]), (now - mark[0]) / steps * (config.steps - trainer.step)
-                print(progress_line(log, config, rate, left), flush=True)
-                if trainer.step % config.eval_every == 0 or last:
-                    log["validation"] = trainer.validate()
-                    print("  validation by level: " + "  ".join(f"{k}: {a:.3f}" for k, a in log["validation"].items()), flush=True)
-                metrics.write(json.dumps(log | {"seconds": round(trainer.seconds, 2), "tokens_per_second": round(rate)}) + "\n")
-                mark, tokens = (time.monotonic(), trainer.step), 0
-            if trainer.step % config.save_every == 0 or last or stopped:
+            checks = trainer.step % config.eval_every == 0 or last
+            if trainer.step % LOG_EVERY == 0 or last:
+                spent = time.monotonic() - mark
+                left = spent / (trainer.step - since) * (config.steps - trainer.step)
+                print(progress_line(log, tokens / spent, left), flush=True)
+                mark, since, tokens = time.monotonic(), trainer.step, 0
+            if checks:
+                log["validation"] = trainer.validate()
+                values = "  ".join(f"{k}: {a:.3f}" for k, a in log["validation"].items())
+                print(f"  validation by level: {values}", flush=True)
+            if checks or trainer.step % LOG_EVERY == 0:
+                metrics.write(json.dumps(log | {"seconds": round(trainer.seconds, 2)}) + "\n")
+            if checks or stopped:
                 save_checkpoint(out / "checkpoint.pt", trainer.state())
     for number, handler in former.items():
         signal.signal(number, handler)
@@ -314,20 +980,30 @@ def train(trainer: Trainer) -> bool:
 def prepare_out(trainer: Trainer) -> None:
     """Resume from what lies in `out`, or move it aside: no run overwrites another's checkpoint."""
     config, out = trainer.config, Path(trainer.config.out)
+    if config.plain:
+        load_checkpoint(config.plain)  # if it is not there, say so now
     if config.resume:
         trainer.load_state(load_checkpoint(config.out, trainer.device))
+        if trainer.step >= config.steps:
+            raise DataError(f"{out} is at step {trainer.step} already: give more --steps")
     if RANK:
         return
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {out} ({error.strerror})") from None
     metrics = out / "metrics.jsonl"
     if config.resume:
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        metrics.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] < trainer.step))
+        lines = [line for line in lines if json.loads(line)["step"] < trainer.step]
+        metrics.write_text("".join(line + "\n" for line in lines))
         print(f"resumed {out} at step {trainer.step}")
     else:
         if (out / "checkpoint.pt").exists():
-            os.replace(out / "checkpoint.pt", out / "checkpoint.previous.pt")
-            print(f"{out} held a checkpoint: moved to checkpoint.previous.pt")
+            taken = Counter(path.name for path in out.glob("checkpoint.*.pt"))
+            number = next(n for n in range(1, 10**6) if f"checkpoint.{n}.pt" not in taken)
+            os.replace(out / "checkpoint.pt", out / f"checkpoint.{number}.pt")
+            print(f"{out} held a checkpoint: moved to checkpoint.{number}.pt")
         metrics.unlink(missing_ok=True)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
@@ -336,39 +1012,41 @@ def what_was_learned(trainer: Trainer) -> str:
     """One line about levels and price."""
     learned, every = trainer.curriculum.mastered, trainer.curriculum.every
     line = f"learned: levels {learned[0]} to {learned[-1]}" if learned else "no level was learned"
-    line += "" if len(learned) == len(every) else f"; not learned: {every[len(learned)]} to {every[-1]}"
-    line = line if trainer.config.curriculum else "all levels were in use from the start"
-    return line + ("; thoughts never cost anything" if trainer.config.n_bits and not trainer.paid else "")
+    if len(learned) < len(every):
+        line += f"; not learned: {every[len(learned)]} to {every[-1]}"
+    if not trainer.config.curriculum:
+        line = "all levels were in use from the start"
+    costless = trainer.config.n_bits and not trainer.paid
+    return line + ("; thoughts never cost anything" if costless else "")
 
 
 def main(argv: list[str]) -> None:
     config = load_config(argv)
+    device = pick_device(config.device)
     if WORLD > 1:
-        join(pick_device(config.device))
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
     trainer = Trainer(config)
     prepare_out(trainer)
-    count = sum(p.numel() for p in trainer.model.parameters())
-    machine = f"{trainer.device}, {torch.get_num_threads()} threads" + f", {WORLD} processes" * (WORLD > 1)
-    if not RANK:
-        print(f"{trainer.meta['task']}; {count:,} parameters, {config.n_layer} layers, thoughts of {config.n_bits} bits; {machine}", flush=True)
-    go_on = f"go on with: {f'torchrun --nproc_per_node={WORLD}' if WORLD > 1 else 'python'} train.py {' '.join(argv)} --resume=true"
-    try:
-        finished = train(trainer)
-    except ConnectionError as error:
-        try:
-            rest = f"the checkpoint in {config.out} is of step {load_checkpoint(config.out)['progress']['step']}; {go_on}"
-        except DataError:
-            rest = f"nothing was saved yet, save_every = {config.save_every}"
-        sys.exit(f"{error}, at step {trainer.step}; {rest}")
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    if RANK == 0:
+        print(
+            f"{trainer.meta['task']}; {parameters:,} parameters, {config.n_layer} layers, thoughts "
+            f"of {config.n_bits} bits; {trainer.device}, {torch.get_num_threads()} threads",
+            flush=True,
+        )
+    finished = train(trainer)
     if WORLD > 1:
-        leave()
+        dist.destroy_process_group()
     if RANK:
         return
     if not finished:
-        sys.exit(f"stopped at step {trainer.step} and saved; {go_on}")
-    print(f"{what_was_learned(trainer)}\ntrained in {trainer.seconds:.0f} s; saved {config.out}/checkpoint.pt", flush=True)
+        again = f"python train.py {' '.join(argv)} --resume=true"
+        sys.exit(f"stopped at step {trainer.step} and saved; go on with: {again}")
+    print(f"{what_was_learned(trainer)}\ntrained in {trainer.seconds:.0f} s", flush=True)
     if config.report:
-        import report
+        from lab import report  # what a run ends with; nothing here depends on it
 
         report.main([f"--run={config.out}", f"--plain={config.plain}"])
 
