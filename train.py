@@ -166,7 +166,7 @@ class Grid(NamedTuple):
 
     @property
     def thinks(self) -> Tensor:  # (B, T, S) a thought follows this cell
-        return F.pad(self.present[:, :, 1:-2], (0, 3))
+        return self.present & F.pad(self.present[:, :, 1:-2], (0, 3))
 
     @property
     def emits(self) -> Tensor:  # (B, T, S) this cell says the next token
