@@ -221,10 +221,9 @@ class Observer(nn.Module):
         return qkv.view(*x.shape[:2], 3, 1, -1)
 
 
-def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """RoPE: turn the two halves of each head. x (B, nh, C, hs), angle (B, 1, C, hs / 2)."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE: turn the two halves of each head. x (..., C, hs); cos, sin (B, 1, C, hs / 2)."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
@@ -237,17 +236,17 @@ class Attention(nn.Module):
         self.observer = Observer(config) if observed else None
         self.proj = nn.Linear(config.n_embd + observed * hs, config.n_embd)
 
-    def heads(self, x: Tensor, below: list[Tensor], angle: Tensor) -> tuple[Tensor, ...]:
+    def heads(self, x: Tensor, below: list[Tensor], turn: tuple) -> tuple[Tensor, ...]:
         """-> q, k, v, each (B, nh, C, hs), q and k rotated; nh is one more with the observer."""
         qkv = self.qkv(x).view(*x.shape[:2], 3, self.n_head, -1)
         if self.observer is not None:
             qkv = torch.cat([qkv, self.observer(x, below)], dim=3)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, C, 3, nh, hs) -> 3 times (B, nh, C, hs)
-        return rotate(q, angle), rotate(k, angle), v
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (B, C, 3, nh, hs) -> (3, B, nh, C, hs)
+        return *rotate(qkv[:2], *turn), qkv[2]
 
-    def forward(self, x, below, angle, mask, past):
+    def forward(self, x, below, turn, mask, past):
         """-> (B, C, D); what the observer sensed, (B, C, hs), or None; keys and values so far."""
-        q, k, v = self.heads(x, below, angle)
+        q, k, v = self.heads(x, below, turn)
         own = v[:, -1]  # (B, C, hs) the observer's value of the cell itself
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
@@ -256,6 +255,25 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).flatten(2)  # (B, nh, C, hs) -> (B, C, nh * hs)
         sensed = None if self.observer is None else y[..., x.size(-1) :] + own
         return self.proj(y), sensed, (k, v)
+
+
+class Gate(nn.Module):
+    """
+    A yes or no of every cell: a logit, which says yes with probability p before training. It reads
+    the trunk but does not shape it: its policy gradient's noise would wear off what thoughts mean.
+    """
+
+    def __init__(self, width: int, p: float):
+        super().__init__()
+        self.out, self.p = nn.Linear(width, 1), p
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.out.weight)
+        nn.init.constant_(self.out.bias, math.log(self.p / (1 - self.p)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, width) -> (B, C)"""
+        return self.out(x.detach())[..., 0]
 
 
 class Block(nn.Module):
@@ -292,8 +310,8 @@ class GPT(nn.Module):
         )
         self.norm = nn.LayerNorm(D)
         self.head = nn.Linear(D, V + config.revise)  # REVISE is the last
-        self.gate = nn.Linear(D + observed * hs, 1) if config.n_bits else None
-        self.recall_gate = nn.Linear(D + observed * hs, 1) if config.recall else None
+        self.gate = Gate(D + observed * hs, GATE_INIT) if config.n_bits else None
+        self.recall_gate = Gate(D + observed * hs, 0.5) if config.recall else None
         self.drop = nn.Dropout(config.dropout)
         frequency = ROPE_BASE ** -torch.linspace(0, 1, hs // 2 + 1)[:-1]
         frequency = frequency * (not config.n_positions)
@@ -308,10 +326,8 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
         if module is self.thoughts:  # small like all embeddings: larger, chance is learned by heart
             nn.init.normal_(module.embedding.weight, std=0.02)
-        if module is self.gate or module is self.recall_gate:
-            nn.init.zeros_(module.weight)
-        if module is self.gate:
-            nn.init.constant_(module.bias, math.log(GATE_INIT / (1 - GATE_INIT)))
+        if isinstance(module, Gate):
+            module.reset()
 
     def embed(self, ids: Tensor) -> Tensor:
         """Ids (...) of real tokens, thoughts and RECALL -> (..., D)."""
@@ -346,23 +362,21 @@ class GPT(nn.Module):
                 raise ValueError(f"learned positions end after {self.config.n_positions} cells")
             x = x + self.position(cells.position)
         angle = cells.position[:, None, :, None] * self.frequency  # (B, 1, C, hs / 2)
+        turn = angle.cos(), angle.sin()
         x = self.drop(x)
         below, layers = [x], []  # outputs of embedding and layers (B, C, D); keys and values
         for layer, block in enumerate(self.blocks):
             past = cache.layers[layer] if cache else None
-            x, sensed, kept = block(x, below, angle, mask, past)
+            x, sensed, kept = block(x, below, turn, mask, past)
             below.append(x)
             layers.append(kept)
         return self._outputs(self.norm(x), sensed, Cache(layers, keys))
 
     def _outputs(self, x: Tensor, sensed: Tensor | None, cache: Cache) -> Output:
-        """
-        x (B, C, D), sensed (B, C, hs) or None. The gates read the trunk but do not shape it: the
-        noise of their policy gradient wears off what thoughts mean.
-        """
+        """x (B, C, D); what the observer sensed (B, C, hs), or None."""
         logits = self.head(x)
         never = torch.full_like(x[..., 0], -torch.inf)
-        heard = x.detach() if sensed is None else torch.cat([x.detach(), sensed.detach()], dim=-1)
+        heard = x if sensed is None else torch.cat([x, sensed], dim=-1)
         readings = x[..., :0]
         if sensed is not None:
             log_p = logits.detach().log_softmax(dim=-1)
@@ -372,8 +386,8 @@ class GPT(nn.Module):
         return Output(
             logits,
             x[..., :0] if self.thoughts is None else self.thoughts.head(x),
-            never if self.gate is None else self.gate(heard)[..., 0],
-            never if self.recall_gate is None else self.recall_gate(heard)[..., 0],
+            never if self.gate is None else self.gate(heard),
+            never if self.recall_gate is None else self.recall_gate(heard),
             readings,
             cache,
         )

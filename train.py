@@ -20,7 +20,6 @@ Glossary, beside model.py's
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -28,7 +27,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -42,14 +40,10 @@ from torch import Tensor
 
 from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split, load_vocabulary
 from model import GPT, Cells, GPTConfig, Thinking, choose_thought, decide, generate, wants_to_think
+from options import load_config, option, run
 
 # ----------------------------------------------------------------------------------------------
 # config
-
-
-def option(default, help: str, low: float | None = None, high: float | None = None):
-    """A field with its line of help and the range of its values."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass
@@ -86,7 +80,7 @@ class Config:
     force_think_prob: float = option(1.0, "probability of a run of thoughts in the warm-up", 0, 1)
     warm_up: float = option(0.4, "share of the steps, at least, before thoughts cost", 0, 1)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
-    forget: float = option(1.0, "share of sequences that are cut in the truncated pass", 0, 1)
+    forget: float = option(0.8, "share of sequences that are cut in the truncated pass", 0, 1)
     cuts: int = option(1, "truncated passes a step; all but the first are cut late", 1)
     thinking_weight: float = option(1.0, "of the token loss of a cell that goes on to think", 0)
     rollouts: int = option(4, "of each sequence in the cost phase, baselines of each other", 1)
@@ -96,57 +90,6 @@ class Config:
     eval_every: int = option(250, "steps between validations, each with a checkpoint", 1)
     eval_rows: int = option(200, "validation sequences a level", 1)
     report: bool = option(True, "write report.json and report.png at the end")
-
-
-def parse(field: dataclasses.Field, text):
-    """A value from the command line or a TOML file as the field's type. Raises DataError."""
-    kind, low, high = field.type, field.metadata.get("low"), field.metadata.get("high")
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[str(text).lower()]
-        value = kind(str(text))
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-    except (ValueError, KeyError):
-        raise DataError(f"{field.name} = {text!r} is not a {kind.__name__}") from None
-    if low is not None and value < low or high is not None and value > high:
-        allowed = f"at least {low}" if high is None else f"{low} to {high}"
-        raise DataError(f"{field.name} = {text} is not allowed: {allowed}")
-    return value
-
-
-def load_config(argv: list[str], kind=Config):
-    """[FILE.toml] [--key=value ...] -> kind. Raises DataError; an unknown key gets the nearest."""
-    fields, values = {f.name: f for f in dataclasses.fields(kind)}, {}
-    if "--help" in argv or "-h" in argv:
-        print(sys.modules[kind.__module__].__doc__.strip() + "\n\nOptions, --name=value:")
-        for f in fields.values():
-            print(f"  --{f.name:18s} {str(f.default):18s} {f.metadata.get('help', '')}")
-        sys.exit()
-    for argument in argv:
-        if argument.startswith("--"):
-            name, equals, text = argument[2:].partition("=")
-            values[name] = text if equals else "true"
-            continue
-        try:
-            values |= tomllib.loads(Path(argument).read_text())
-        except OSError as error:
-            raise DataError(f"cannot read config {argument} ({error.strerror})") from None
-        except tomllib.TOMLDecodeError as error:
-            raise DataError(f"{argument} is not TOML: {error}") from None
-    for name in values:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0)[0]
-            raise DataError(f"there is no config key {name!r}; the nearest is {near!r}")
-    return kind(**{name: parse(fields[name], value) for name, value in values.items()})
-
-
-def run(entry, name: str) -> None:
-    """Call a main with the command line; what the user can mend becomes one sentence, exit 1."""
-    try:
-        entry(sys.argv[1:])
-    except (DataError, FloatingPointError) as error:
-        sys.exit(f"{name}: {error}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -827,7 +770,7 @@ class Trainer:
     def train_step(self) -> dict:
         c = self.config
         # every step's chance follows from its number: a resumed run draws what a whole one would
-        torch.manual_seed((c.seed * 1_000_003 + self.step) * WORLD + RANK)
+        torch.manual_seed(hash((c.seed, self.step, RANK)))
         batch = self.draw()
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
         forced = None
@@ -1021,7 +964,7 @@ def what_was_learned(trainer: Trainer) -> str:
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(argv)
+    config = load_config(argv, Config)
     device = pick_device(config.device)
     if WORLD > 1:
         if device == "cuda":

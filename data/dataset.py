@@ -1,5 +1,5 @@
 """
-Rows or windows of tokens on disk and in batches; shared by every prepare.py, train.py and sample.py.
+Rows or windows of tokens on disk and in batches; shared by every prepare.py and by train.py.
 
 A data set is a folder: meta.json, train.bin, val.bin and, where there is one, test.bin.
 
@@ -7,23 +7,27 @@ meta.json
   task          what it is, in words
   vocab         list of strings, one a token; or
   encoding      what makes a tiktoken.Encoding: "gpt2", or its pattern and mergeable ranks
-  level         what a row's level counts ("operations", "digits"): short problems first, accuracy by level
+  level         what a row's level counts ("operations", "digits"): short problems come first
   think_after   tokens that a thought may follow; absent is all
 and where the data are rows with answers, not one long text
   row_end       the token that ends a row
   answer_after  the token behind which the answer begins: that is what is graded
-  thoughts      list of strings, the demonstrated thoughts: thought k of the model is shown as thoughts[k]; absent if no row has one
+  thoughts      list of strings, the demonstrated thoughts: thought k of the model is called
+                thoughts[k]; absent if no row has one
   revisions     true if a row has a wrong first guess
 
-Some rows demonstrate how to think. They carry tags that are not words:
-  3+4<think>2</think>*2<think>4</think>=4   a thought behind +4 and one behind *2; several between the tags are thoughts in a row
-  3+4=1<revise>2                            1 is a wrong first guess, one character, in the answer; 2 is the right token
+Some rows demonstrate how to think. They carry tags, which are no tokens:
+  3+4<think>2</think>*2<think>4</think>=4   a thought behind +4 and one behind *2; several
+                                            between the tags are thoughts in a row
+  3+4=1<revise>2                            1 is a wrong first guess, one character, in the
+                                            answer; 2 is the right token
 
-A .bin file is a header of 56 bytes (magic, version, rows, tokens, SHA-256 of the rest), the token ids of all rows one behind
-the other (uint16), and the level of each row (uint16). Thought k is written as id V + k, REVISE as V + len(thoughts), right
-behind the wrong guess; V is len(vocab). A text has no rows.
+A .bin file is a header of 56 bytes (magic, version, rows, tokens, SHA-256 of the rest), the ids of
+all rows one behind the other (uint16), and the level of each row (uint16). Thought k is written as
+id V + k, REVISE as V + len(thoughts), right behind the wrong guess; V is len(vocab). A text has no
+rows.
 
-B rows, T real tokens, V words, K demonstrated thoughts, R the most of them in a row.
+B rows in a batch, N in all, T real tokens a row, at most R demonstrated thoughts behind a token.
 """
 
 import base64
@@ -42,8 +46,15 @@ MAGIC, VERSION = b"nanothnk", 1
 HEADER = struct.Struct("<8sIIQ32s")  # magic, version, rows, tokens, SHA-256 of what follows
 
 
+class DataError(Exception):
+    """A file or a text that cannot be used; the message is one sentence for who gave it."""
+
+
+# ----------------------------------------------------------------------------------------------
+# tags
+
 THOUGHT = re.compile(r"<think>(.*?)</think>")
-TAGGED = re.compile(r"(<think>.*?</think>|.<revise>)")  # what a row carries besides its real tokens
+TAGGED = re.compile(r"(<think>.*?</think>|.<revise>)")  # what a row carries besides real tokens
 MISTAKES = {  # a pattern, and what is wrong with a row in which it is found
     r"<think>((?!</think>).)*<think>": "a <think> inside another, or one that is not closed",
     r"<think>((?!</think>).)*$": "a <think> that is not closed",
@@ -56,10 +67,6 @@ MISTAKES = {  # a pattern, and what is wrong with a row in which it is found
     r"<revise>($|<think>)": "no token behind <revise>",
     r"(.)<revise>\1": "a wrong first guess that is right",
 }
-
-
-class DataError(Exception):
-    """A file or a text that cannot be used; the message is one sentence for the person who gave it."""
 
 
 def check_tags(row: str, answer_after: str) -> None:
@@ -81,28 +88,39 @@ def untagged(row: str) -> str:
     return TAGGED.sub("", row)
 
 
+# ----------------------------------------------------------------------------------------------
+# .bin files
+
+
 def write_bin(path: Path, tokens: list[int], levels: list[int]) -> None:
     """Write token ids, row ends included, and one level a row."""
     body = np.array(tokens, np.uint16).tobytes() + np.array(levels, np.uint16).tobytes()
-    Path(path).write_bytes(HEADER.pack(MAGIC, VERSION, len(levels), len(tokens), hashlib.sha256(body).digest()) + body)
+    digest = hashlib.sha256(body).digest()
+    Path(path).write_bytes(HEADER.pack(MAGIC, VERSION, len(levels), len(tokens), digest) + body)
 
 
 def read_bin(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """-> token ids (n_tokens,), levels (n_rows,). Raises DataError if the file is missing, damaged or not ours."""
+    """-> ids (tokens,), levels (N,). Raises DataError if the file is missing, damaged, not ours."""
     try:
         blob = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}): make it with the prepare.py beside it") from None
+        message = f"cannot read {path} ({error.strerror}): make it with the prepare.py beside it"
+        raise DataError(message) from None
     if len(blob) < HEADER.size or not blob.startswith(MAGIC):
         raise DataError(f"{path} is not a nanothink data file, or its beginning is lost")
     _, version, n_rows, n_tokens, digest = HEADER.unpack_from(blob)
     body = blob[HEADER.size :]
     if version != VERSION:
-        raise DataError(f"{path} has format version {version}, this program reads {VERSION}: run prepare.py again")
+        message = f"{path} has format version {version}, this program reads {VERSION}"
+        raise DataError(f"{message}: run prepare.py again")
     if len(body) != 2 * (n_tokens + n_rows) or hashlib.sha256(body).digest() != digest:
         raise DataError(f"{path} is damaged or cut short: run prepare.py again")
     numbers = np.frombuffer(body, np.uint16)
     return numbers[:n_tokens], numbers[n_tokens:]
+
+
+# ----------------------------------------------------------------------------------------------
+# batches
 
 
 class Batch(NamedTuple):
@@ -110,16 +128,17 @@ class Batch(NamedTuple):
 
     real: Tensor  # (B, T) token ids
     length: Tensor  # (B,) real tokens in the row, row end included
-    prompt: Tensor  # (B,) tokens up to and with `answer_after`; a text has no answer and is all prompt
+    prompt: Tensor  # (B,) tokens up to and with `answer_after`; a text is all prompt
     level: Tensor  # (B,)
-    thoughts: Tensor  # (B, T, R) demonstrated thoughts behind each real token, 0..K-1; -1 where there is none
+    thoughts: Tensor  # (B, T, R) demonstrated behind each real token, 0 .. K-1; -1 is none
     wrong: Tensor  # (B, T) the wrong first guess that stood in this token's place, or -1
-    shown: Tensor  # (B,) bool: the thoughts of this row are to be followed and supervised
+    shown: Tensor  # (B,) bool: the row demonstrates thoughts, to be followed and supervised
 
     @staticmethod
     def plain(real: Tensor, length: Tensor, prompt: Tensor, level: Tensor) -> "Batch":
         """Rows without thoughts and wrong guesses: R = 0."""
-        return Batch(real, length, prompt, level, real.new_empty(*real.shape, 0), torch.full_like(real, -1), torch.zeros_like(length, dtype=torch.bool))
+        thoughts, wrong = real.new_empty(*real.shape, 0), torch.full_like(real, -1)
+        return Batch(real, length, prompt, level, thoughts, wrong, torch.zeros_like(length).bool())
 
     def to(self, device) -> "Batch":
         return Batch(*(part.to(device) for part in self))
@@ -129,69 +148,78 @@ class Batch(NamedTuple):
         return Batch(*(part.repeat_interleave(times, dim=0) for part in self))
 
 
-def untangle(tokens: np.ndarray, n_words: int, n_thoughts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids of a .bin file -> of its n real tokens: ids (n,), thoughts behind each (n, R) int16, wrong guess before each (n,) int32; -1 is none."""
-    thought, revise = (tokens >= n_words) & (tokens < n_words + n_thoughts), tokens == n_words + n_thoughts
+def untangle(tokens: np.ndarray, V: int, n_thoughts: int) -> tuple[np.ndarray, ...]:
+    """
+    Ids of a .bin file -> of its n real tokens: ids (n,), thoughts behind each (n, R) int16, wrong
+    guess before each (n,) int32; -1 is none.
+    """
+    thought = (tokens >= V) & (tokens < V + n_thoughts)
+    revise = tokens == V + n_thoughts
     guess = np.append(revise[1:], False)
     real = ~(thought | revise | guess)
-    count, place = real.sum(), np.cumsum(real) - 1  # place: which real token is the last one, at each id
-    since = np.arange(len(tokens)) - np.flatnonzero(real)[place]  # ids since that token: 1, 2, .. for the thoughts behind it
-    thoughts, wrong = np.full((count, since[thought].max(initial=0)), -1, np.int16), np.full(count, -1, np.int32)
-    thoughts[place[thought], since[thought] - 1] = tokens[thought] - n_words
-    wrong[place[guess] + 1] = tokens[guess]
+    count, last = real.sum(), np.cumsum(real) - 1  # at each id, which real token was the last one
+    since = np.arange(len(tokens)) - np.flatnonzero(real)[last]  # 1, 2, .. for thoughts behind it
+    thoughts = np.full((count, since[thought].max(initial=0)), -1, np.int16)
+    thoughts[last[thought], since[thought] - 1] = tokens[thought] - V
+    wrong = np.full(count, -1, np.int32)
+    wrong[last[guess] + 1] = tokens[guess]
     return tokens[real], thoughts, wrong
 
 
 class Rows:
-    """All rows of one split, grouped by level. `demonstrate`: the share of each level's demonstrations that is shown; the others lose their thoughts."""
+    """All rows of one split, sorted by level."""
 
-    def __init__(self, tokens: np.ndarray, levels: np.ndarray, row_end: int, answer_after: int, n_words=1 << 16, n_thoughts=0, demonstrate=1.0):
-        tokens, thoughts, wrong = untangle(tokens.astype(np.int32), n_words, n_thoughts)
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        levels: np.ndarray,
+        row_end: int,
+        answer_after: int,
+        V: int = 1 << 16,
+        n_thoughts: int = 0,
+    ):
+        """tokens, levels: of a .bin file. V tokens, n_thoughts demonstrated. Raises DataError."""
+        tokens, thoughts, wrong = untangle(tokens.astype(np.int32), V, n_thoughts)
         ends = np.flatnonzero(tokens == row_end) + 1
         if len(ends) != len(levels) or len(ends) == 0 or ends[-1] != len(tokens):
-            raise DataError(f"{len(ends)} row ends but {len(levels)} levels: the data do not fit their meta.json")
+            message = f"{len(ends)} row ends but {len(levels)} levels"
+            raise DataError(f"{message}: the data do not fit their meta.json")
         starts = np.concatenate([[0], ends[:-1]])
         length = ends - starts
         order = np.argsort(levels, kind="stable")
         starts, length, levels = starts[order], length[order], levels[order]
         column = np.arange(length.max())
-        index, padding = np.minimum(starts[:, None] + column, len(tokens) - 1), column >= length[:, None]  # (N, T)
-        table, thoughts, wrong = tokens[index].astype(np.int64), thoughts[index], wrong[index]  # (N, T), (N, T, R), (N, T)
+        padding = column >= length[:, None]  # (N, T)
+        index = np.minimum(starts[:, None] + column, len(tokens) - 1)
+        table, thoughts, wrong = tokens[index].astype(np.int64), thoughts[index], wrong[index]
         table[padding], thoughts[padding], wrong[padding] = row_end, -1, -1
         prompt = (table == answer_after).argmax(axis=1) + 1
+        shown = (thoughts >= 0).any(axis=(1, 2))
         self.levels, counts = (x.tolist() for x in np.unique(levels, return_counts=True))
         self.count = dict(zip(self.levels, counts))
         self.start = dict(zip(self.levels, np.cumsum([0] + counts[:-1]).tolist()))
-
-        shown, carries = np.zeros(len(levels), bool), (thoughts >= 0).any(axis=(1, 2))  # (N,)
-        for start, count in zip(self.start.values(), counts):
-            rows = start + np.flatnonzero(carries[start : start + count])
-            shown[rows[: max(1, round(demonstrate * len(rows))) if demonstrate > 0 else 0]] = True
-        thoughts[~shown] = -1
-        self.shown = {level: torch.from_numpy(start + np.flatnonzero(shown[start : start + self.count[level]])) for level, start in self.start.items()}
         length, prompt, levels = (part.astype(np.int64) for part in (length, prompt, levels))
-        self.all = Batch(*map(torch.from_numpy, (table, length, prompt, levels, thoughts, wrong, shown)))  # thoughts and wrong are long in a batch only
+        parts = (table, length, prompt, levels, thoughts, wrong, shown)
+        self.all = Batch(*map(torch.from_numpy, parts))  # thoughts and wrong are still short here
 
     def longest(self, level: int) -> int:
         """Real tokens in the longest row of a level."""
         start = self.start[level]
         return int(self.all.length[start : start + self.count[level]].max())
 
-    def draw(self, size: int, levels: list[int], generator: torch.Generator, shown: float = 0.0, newest: int = 0) -> Batch:
+    def draw(self, size: int, levels: list[int], generator, newest: int = 0) -> Batch:
         """
-        `size` rows: a level drawn evenly from `levels`, in half of them from the last `newest` (0: all) of those; then a row of that level; a share `shown` of
-        them from the rows that show their thoughts.
+        `size` rows: a level drawn evenly from `levels`, in half of them from the last `newest` of
+        those (0: all); then a row of that level. generator: a torch.Generator, or None.
         """
-        lowest = (torch.rand(size, generator=generator) < 0.5) * (len(levels) - (newest or len(levels)))
-        pick = torch.tensor(levels)[lowest + (torch.rand(size, generator=generator) * (len(levels) - lowest)).long()]
-        count = torch.tensor([self.count[k] for k in levels])[torch.searchsorted(torch.tensor(levels), pick)]
-        start = torch.tensor([self.start[k] for k in levels])[torch.searchsorted(torch.tensor(levels), pick)]
+        n_levels = len(levels)
+        lowest = (torch.rand(size, generator=generator) < 0.5) * (n_levels - (newest or n_levels))
+        which = torch.rand(size, generator=generator) * (n_levels - lowest)
+        which = lowest + which.long()  # (size,) indices into levels
+        count = torch.tensor([self.count[level] for level in levels])[which]
+        start = torch.tensor([self.start[level] for level in levels])[which]
         chance = torch.rand(size, generator=generator, dtype=torch.double)
-        index = start + (chance * count).long()
-        for i in range(round(shown * size)):
-            if len(rows := self.shown[int(pick[i])]):
-                index[i] = rows[int(chance[i] * len(rows))]
-        return self._take(index)
+        return self._take(start + (chance * count).long())
 
     def first(self, size: int, level: int) -> Batch:
         """The first `size` rows of a level, or all there are."""
@@ -200,11 +228,15 @@ class Rows:
     def _take(self, index: Tensor) -> Batch:
         batch = Batch(*(part[index] for part in self.all))
         longest = int(batch.length.max())
-        return batch._replace(real=batch.real[:, :longest], thoughts=batch.thoughts[:, :longest].long(), wrong=batch.wrong[:, :longest].long())
+        return batch._replace(
+            real=batch.real[:, :longest],
+            thoughts=batch.thoughts[:, :longest].long(),
+            wrong=batch.wrong[:, :longest].long(),
+        )
 
 
 class Text:
-    """Windows of one long text, with the interface of Rows: a single level, and each window all prompt."""
+    """Windows of one long text, with the interface of Rows: one level, each window all prompt."""
 
     def __init__(self, tokens: np.ndarray, block: int):
         if block < 1 or len(tokens) <= block:
@@ -216,12 +248,13 @@ class Text:
         """Predicted tokens in a window: its first token is given."""
         return self.block
 
-    def draw(self, size: int, levels: list[int], generator: torch.Generator, shown: float = 0.0, newest: int = 0) -> Batch:
+    def draw(self, size: int, levels: list[int], generator, newest: int = 0) -> Batch:
         """`size` windows that begin anywhere."""
-        return self._take(torch.randint(len(self.tokens) - self.block, (size,), generator=generator))
+        last = len(self.tokens) - self.block
+        return self._take(torch.randint(last, (size,), generator=generator))
 
     def spread(self, size: int) -> Tensor:
-        """Where `size` windows begin that are spread evenly, or as many as there are without overlap -> (N,)."""
+        """Where `size` windows begin, evenly spread, or as many as do not overlap -> (N,)."""
         count = min(size, (len(self.tokens) - 1) // self.block)
         return torch.arange(count) * ((len(self.tokens) - 1) // count)
 
@@ -230,61 +263,85 @@ class Text:
         return self._take(self.spread(size))
 
     def _take(self, start: Tensor) -> Batch:
+        real = self.tokens[start[:, None] + torch.arange(self.block + 1)]
         length = torch.full_like(start, self.block + 1)
-        return Batch.plain(self.tokens[start[:, None] + torch.arange(self.block + 1)], length, length, torch.full_like(start, self.block))
+        return Batch.plain(real, length, length, torch.full_like(start, self.block))
+
+
+# ----------------------------------------------------------------------------------------------
+# vocabularies
 
 
 class Vocabulary:
-    """Strings to ids and back. Reads the longest token that fits, so that `+3` can be one token or two."""
+    """Strings to ids and back. Reads the longest token that fits: `+3` can be one token or two."""
 
     def __init__(self, meta: dict):
         self.meta, self.tokens = meta, meta["vocab"]
         self.pieces = [token.encode() for token in self.tokens]
         self.index = {token: i for i, token in enumerate(self.tokens)}
-        self.thought = {name: len(self.tokens) + k for k, name in enumerate(meta.get("thoughts", []))}
+        names = meta.get("thoughts", [])
+        self.thought = {name: len(self.tokens) + k for k, name in enumerate(names)}
         self.longest = max(map(len, self.tokens))
-        self.row_end, self.answer_after = (self.index[meta[name]] if name in meta else -1 for name in ("row_end", "answer_after"))
+        self.row_end = self.index[meta["row_end"]] if "row_end" in meta else -1
+        self.answer_after = self.index[meta["answer_after"]] if "answer_after" in meta else -1
 
     def encode(self, text: str) -> list[int]:
         """Raises DataError that names a character outside the vocabulary."""
         ids, at = [], 0
         while at < len(text):
-            for size in range(self.longest, 0, -1):
-                if (token := text[at : at + size]) in self.index:
-                    break
-            else:
-                known, characters = " ".join(repr(t)[1:-1] for t in self.tokens), "".join(self.tokens)
-                bad = next((i for i in range(at, min(at + self.longest, len(text))) if text[i] not in characters), at)
-                raise DataError(f"{text[bad]!r} in {text[:200]!r} (character {bad + 1}) does not fit the vocabulary: {known}")
-            ids.append(self.index[token])
-            at += len(token)
+            sizes = range(self.longest, 0, -1)
+            size = next((n for n in sizes if text[at : at + n] in self.index), 0)
+            if not size:
+                raise self._unknown(text, at)
+            ids.append(self.index[text[at : at + size]])
+            at += size
         return ids
 
+    def _unknown(self, text: str, at: int) -> DataError:
+        """The error for a text in which no token fits at a character."""
+        characters, near = "".join(self.tokens), range(at, min(at + self.longest, len(text)))
+        bad = next((i for i in near if text[i] not in characters), at)
+        known = " ".join(repr(token)[1:-1] for token in self.tokens)
+        where = f"{text[bad]!r} in {text[:200]!r} (character {bad + 1})"
+        return DataError(f"{where} does not fit the vocabulary: {known}")
+
     def thoughts_in(self, row: str) -> list[str]:
-        """The demonstrated thoughts of a row: what stands between its tags is one if it is a word of the vocabulary, else each character is."""
-        return [name for content in THOUGHT.findall(row) for name in ([content] if content in self.index else content)]
+        """
+        The demonstrated thoughts of a row: what stands between its tags is one if it is a token of
+        the vocabulary, else each character is.
+        """
+        contents = THOUGHT.findall(row)
+        return [name for c in contents for name in ([c] if c in self.index else c)]
 
     def encode_row(self, row: str) -> list[int]:
         """A row that may have tags -> the ids of a .bin file. Raises DataError."""
         check_tags(row, self.meta["answer_after"])
-        ids = []
+        V, ids = len(self.tokens), []
         for part in TAGGED.split(row):
             if part.endswith("</think>"):
-                names = self.thoughts_in(part)
-                if unknown := [name for name in names if name not in self.thought]:
-                    raise DataError(f"{unknown[0]!r} in {row.strip()[:200]!r} is none of the demonstrated thoughts: {' '.join(self.thought)}")
-                before = self.tokens[next(i for i in reversed(ids) if i < len(self.tokens))]
-                if before not in (self.meta.get("think_after") or self.tokens):
-                    raise DataError(f"{row.strip()[:200]!r} has a thought behind {before!r}, which think_after does not allow")
-                ids += [self.thought[name] for name in names]
+                before = self.tokens[next(i for i in reversed(ids) if i < V)]
+                ids += self._thoughts(part, before, row.strip()[:200])
             elif part.endswith("<revise>"):
-                ids += self.encode(part[0]) + [len(self.tokens) + len(self.thought)]
+                ids += self.encode(part[0]) + [V + len(self.thought)]
             else:
                 ids += self.encode(part)
         return ids
 
+    def _thoughts(self, tagged: str, before: str, row: str) -> list[int]:
+        """The ids of <think>..</think> behind the token `before`. Raises DataError."""
+        names = self.thoughts_in(tagged)
+        if unknown := [name for name in names if name not in self.thought]:
+            known = " ".join(self.thought)
+            message = f"{unknown[0]!r} in {row!r} is none of the demonstrated thoughts: {known}"
+            raise DataError(message)
+        if before not in (self.meta.get("think_after") or self.tokens):
+            message = f"{row!r} has a thought behind {before!r}, which think_after does not allow"
+            raise DataError(message)
+        return [self.thought[name] for name in names]
+
     def decode(self, ids) -> str:
-        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")  # a piece may end inside a character
+        """A piece of a text may end inside a character: what is left of it becomes U+FFFD."""
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
 
     def think_after(self) -> Tensor | None:
         """(V,) bool, or None where a thought may follow anything."""
@@ -294,11 +351,11 @@ class Vocabulary:
 
 
 class ByteVocabulary(Vocabulary):
-    """Byte pairs through tiktoken. Thoughts have names, too, from id V on; no text is ever read as one."""
+    """Byte pairs through tiktoken. Thoughts have names from id V on; no text is read as one."""
 
     def __init__(self, meta: dict):
-        self.meta, self.encoding, self.row_end, self.answer_after = meta, make_encoding(meta["encoding"]), -1, -1
-        self.thought = {}
+        self.meta, self.encoding = meta, make_encoding(meta["encoding"])
+        self.row_end, self.answer_after, self.thought = -1, -1, {}
         count = self.encoding.n_vocab - THOUGHT_NAMES
         self.pieces = [self.encoding.decode_single_token_bytes(i) for i in range(count)]
         self.tokens = [piece.decode("utf-8", "replace") for piece in self.pieces]
@@ -307,11 +364,14 @@ class ByteVocabulary(Vocabulary):
         return self.encoding.encode_ordinary(text)
 
 
-THOUGHT_NAMES = 1024  # special tokens <|think_0|> ... behind the words of an encoding
+THOUGHT_NAMES = 1024  # special tokens <|think_0|> ... behind the tokens of an encoding
 
 
 def make_encoding(recipe):
-    """"gpt2" or {"pattern", "ranks": base64 strings in order of rank} -> tiktoken.Encoding. Raises DataError without tiktoken or network."""
+    """
+    "gpt2" or {"pattern", "ranks": base64 strings in order of rank} -> tiktoken.Encoding. Raises
+    DataError without tiktoken or network.
+    """
     try:
         import tiktoken
 
@@ -319,15 +379,23 @@ def make_encoding(recipe):
             base = tiktoken.get_encoding("gpt2")
             pattern, ranks, special = base._pat_str, base._mergeable_ranks, base._special_tokens
         else:
-            pattern, ranks, special = recipe["pattern"], {base64.b64decode(piece): i for i, piece in enumerate(recipe["ranks"])}, {}
+            pattern, special = recipe["pattern"], {}
+            ranks = {base64.b64decode(piece): i for i, piece in enumerate(recipe["ranks"])}
     except ImportError:
         raise DataError("byte pairs need the package tiktoken: pip install tiktoken") from None
     except OSError as error:  # what requests raises without a network is one, too
-        advice = "run this once with a network, or set TIKTOKEN_CACHE_DIR to a folder in which it has run; --tokenizer=bpe needs none"
-        raise DataError(f"tiktoken cannot fetch GPT-2's byte pairs ({type(error).__name__}): {advice}") from None
+        message = f"tiktoken cannot fetch GPT-2's byte pairs ({type(error).__name__})"
+        advice = "run this once with a network, or set TIKTOKEN_CACHE_DIR to where that was done"
+        raise DataError(f"{message}: {advice}; --tokenizer=bpe needs none") from None
     count = len(ranks) + len(special)
-    thoughts = {f"<|think_{k}|>": count + k for k in range(THOUGHT_NAMES)}
-    return tiktoken.Encoding("nanothink", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special | thoughts)
+    special = special | {f"<|think_{k}|>": count + k for k in range(THOUGHT_NAMES)}
+    return tiktoken.Encoding(
+        "nanothink", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# folders
 
 
 def load_vocabulary(meta: dict) -> Vocabulary:
@@ -335,34 +403,41 @@ def load_vocabulary(meta: dict) -> Vocabulary:
 
 
 def load_meta(folder: str) -> dict:
+    """Raises DataError."""
     path = Path(folder) / "meta.json"
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}): prepare the data first, see README.md") from None
+        advice = "prepare the data first, see README.md"
+        raise DataError(f"cannot read {path} ({error.strerror}): {advice}") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON (line {error.lineno}): prepare the data again") from None
+        message = f"{path} is not JSON (line {error.lineno}): prepare the data again"
+        raise DataError(message) from None
 
 
-def load_split(folder: str, split: str, vocabulary: Vocabulary, block: int, demonstrate: float = 1.0) -> Rows | Text:
-    """block: tokens in a window of a text; rows have lengths of their own. demonstrate: share of the rows with thoughts whose thoughts are shown."""
-    if not 0 <= demonstrate <= 1:
-        raise DataError(f"demonstrate = {demonstrate} is not between 0 and 1")
+def load_split(folder: str, split: str, vocabulary: Vocabulary, block: int) -> Rows | Text:
+    """block: tokens in a window of a text; rows have their own lengths. Raises DataError."""
     tokens, levels = read_bin(Path(folder) / f"{split}.bin")
     if vocabulary.row_end < 0:
         return Text(tokens, block)
-    return Rows(tokens, levels, vocabulary.row_end, vocabulary.answer_after, len(vocabulary.tokens), len(vocabulary.thought), demonstrate)
+    sizes = len(vocabulary.tokens), len(vocabulary.thought)
+    return Rows(tokens, levels, vocabulary.row_end, vocabulary.answer_after, *sizes)
 
 
 def write_rows(out: Path, meta: dict, splits: dict[str, list[tuple[str, int]]]) -> Vocabulary:
-    """Rows without their ends, each with its level -> a .bin file a split, and meta.json. Raises DataError before anything is written."""
-    rows = [row for part in splits.values() for row, _ in part]
-    if thoughts := sorted({name for row in rows if "<" in row for name in Vocabulary(meta).thoughts_in(row)}):
+    """
+    Rows without their ends, each with its level -> a .bin file a split, and meta.json. Raises
+    DataError before anything is written.
+    """
+    rows = [row for part in splits.values() for row, _ in part if "<" in row]
+    plain = Vocabulary(meta)
+    if thoughts := sorted({name for row in rows for name in plain.thoughts_in(row)}):
         meta["thoughts"] = thoughts
     if any("<revise>" in row for row in rows):
         meta["revisions"] = True
-    vocabulary = Vocabulary(meta)
-    ids = {name: [i for row, _ in part for i in vocabulary.encode_row(row + meta["row_end"])] for name, part in splits.items()}
+    vocabulary, ids = Vocabulary(meta), {}
+    for name, part in splits.items():
+        ids[name] = [i for row, _ in part for i in vocabulary.encode_row(row + meta["row_end"])]
     out.mkdir(parents=True, exist_ok=True)
     for name in ("train", "val", "test"):
         if not splits.get(name):

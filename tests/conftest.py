@@ -1,9 +1,13 @@
-"""What several tests share: a tiny model that disagrees with itself about when to think, and a data folder made once."""
+"""
+What several tests share: a tiny model of two minds about thinking, grids written out by hand, the
+slow twin of `train.read`, and a data folder made once.
+"""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,25 +16,101 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-from model import GPT, GPTConfig  # noqa: E402
+from data.dataset import Batch  # noqa: E402
+from model import GPT, Cells, GPTConfig  # noqa: E402
+from train import Config, Grid  # noqa: E402
+
+V, D_BITS, K = 5, 2, 4  # real tokens, bits of a thought, thoughts of the tiny model
+RECALL = V + K
 
 
 @pytest.fixture
 def tiny():
-    """
-    (V=5, d=2 bits, K=4, ...) -> GPT in evaluation mode; its gate is random, so about half of the
-    columns think.
-    """
+    """-> GPT in evaluation mode, whose gates are random: about half of the cells think."""
 
     def make(seed=0, **changes):
         torch.manual_seed(seed)
-        sizes = {"vocab_size": 5, "n_bits": 2, "n_layer": 2, "n_head": 2, "n_embd": 16}
+        sizes = {"vocab_size": V, "n_bits": D_BITS, "n_layer": 2, "n_head": 2, "n_embd": 16}
         model = GPT(GPTConfig(**(sizes | changes)))
-        for parameter in model.parameters():  # far from the small weights of the start, where every column is alike
-            torch.nn.init.normal_(parameter, std=0.5)
+        for name, parameter in model.named_parameters():  # as they start, all cells are alike
+            if "norm" not in name:
+                torch.nn.init.normal_(parameter, std=0.0 if "gate.bias" in name else 0.5)
         return model.eval()
 
     return make
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------------
+# grids
+
+
+def grid_of(streams, runs=2):
+    """
+    Streams of ids -> Grid. Below V an id is a real token; the thoughts and the RECALL that follow
+    it are its own. The last real token is only predicted. Places where nothing is hold rubbish.
+    """
+    length = max(sum(i < V for i in stream) for stream in streams)
+    token = torch.full((len(streams), length, runs + 3), V + 1)
+    token[:, :, 0], present = 0, torch.zeros_like(token, dtype=torch.bool)
+    for b, stream in enumerate(streams):
+        t = -1
+        for i in stream:
+            t, slot = (t + 1, 0) if i < V else (t, runs + 1 if i == RECALL else slot + 1)
+            token[b, t, slot], present[b, t, slot] = i, True
+        present[b, t, 0] = False
+    return Grid(token, present)
+
+
+def streams_of(grid):
+    """The other way round, without the last real token."""
+    return [ids[there].tolist() for ids, there in zip(grid.token, grid.present)]
+
+
+def batch_of(grid, prompt, **changes):
+    """Sequences that begin with a prompt of so many tokens."""
+    length = grid.present[:, :, 0].sum(dim=1) + 1
+    prompt = torch.as_tensor(prompt).expand_as(length)
+    return Batch.plain(grid.token[:, :, 0], length, prompt, length)._replace(**changes)
+
+
+def alone(model, grid, b, window=0, used=None, segment=None):
+    """
+    The slow twin of train.read: one sequence by itself, cell behind cell, with a mask written out
+    rule by rule -> {(t, slot): (logits, thoughts, gate, recall, readings)} of the cells `used`.
+    """
+    used, S = grid.present if used is None else used, grid.token.size(2)
+    cells, position, lasting = [], [], 0
+    for t in range(grid.token.size(1)):
+        for slot in range(S):
+            if used[b, t, slot]:
+                cells.append((t, slot))
+                position.append(lasting)
+            lasting += bool(grid.present[b, t, slot]) and slot < S - 2
+    sees = torch.zeros(len(cells), len(cells), dtype=torch.bool)
+    for i, (t, slot) in enumerate(cells):
+        for j, (t_key, slot_key) in enumerate(cells[: i + 1]):
+            near = not window or position[i] - position[j] < window
+            if segment is not None:
+                near = near and segment[b, t, slot] == segment[b, t_key, slot_key]
+            if model.config.recall and slot == S - 2:
+                near = True
+            sees[i, j] = i == j or near and slot_key < S - 2
+    if not cells:
+        return {}
+    ids = torch.tensor([[int(grid.token[b, t, slot]) for t, slot in cells]])
+    with patch("model.visible", return_value=sees[None]):
+        out = model(ids, Cells(torch.tensor([position])))
+    return {cell: tuple(part[0, i] for part in out[:5]) for i, cell in enumerate(cells)}
+
+
+# ----------------------------------------------------------------------------------------------
+# data and runs
+
+ARITHMETIC, AUTOMATA = "data/arithmetic/prepare.py", "data/automata/prepare.py"
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +121,6 @@ def chains(tmp_path_factory):
     return folder
 
 
-ARITHMETIC, AUTOMATA = "data/arithmetic/prepare.py", "data/automata/prepare.py"
-
-
 def prepare(folder, *arguments, script=ARITHMETIC):
     return call(script, f"--out={folder}", *arguments, check=True)
 
@@ -52,4 +129,23 @@ def call(script, *arguments, check=False, **options):
     """Run a script as a person does."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check, timeout=300, **options)
+    how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, check=check, **(how | options))
+
+
+def small(data, out, **changes):
+    """Config of a run that is over at once."""
+    sizes = {"n_embd": 32, "n_bits": 3, "batch_tokens": 200, "steps": 20, "eval_rows": 20}
+    where = {"data": str(data), "out": str(out), "device": "cpu", "report": False}
+    return Config(**(sizes | where | changes))
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

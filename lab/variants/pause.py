@@ -4,7 +4,7 @@ and give only time; all else, training included, is as ever.
 
   python lab/variants/pause.py config/automata.toml --data=FOLDER --out=out/pause
 
-After Goyal et al. 2023, Think before you speak (arXiv:2310.02226). What it shows: more columns to
+After Goyal et al. 2023, Think before you speak (arXiv:2310.02226). What it shows: more cells to
 compute in do not help here; it is what a thought says that does. Arguments are train.py's.
 """
 
@@ -15,17 +15,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import model
-import runs
 import train
+from options import run
 
 
 class Pause(model.Thoughts):
     """Whatever its numbers say, a thought is number 0."""
 
-    def choose(self, h: Tensor, noise: Tensor | float = 0.0) -> Tensor:
-        return super().choose(h, noise) * 0
+    def likeliest(self, h: Tensor) -> Tensor:
+        return super().likeliest(h) * 0
 
 
 if __name__ == "__main__":
     model.Thoughts = Pause
-    runs.run(train.main, "pause.py")
+    run(train.main, "pause.py")

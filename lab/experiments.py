@@ -1,0 +1,283 @@
+"""
+The runs behind the tables: data, training, instruments, and one table a set.
+
+  python lab/experiments.py main --seeds=1,2,3 --jobs=2
+  python lab/experiments.py automata --tasks=parity,a5 --models=thinking,gru
+
+Sets: main, automata, text, control, observer, addition. A run lives in out/SET/TASK/MODEL_SEED and
+is skipped where its report.json is there; with --jobs=0 nothing runs, and the table is of what
+there is. A run takes one thread: half a minute in main, about five minutes a thinking one of
+automata (plain a minute or two, the GRU a quarter of one), ten minutes or more in text.
+
+Not here: the numbers themselves (report, study, control, calibrate; their JSON files).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from data.dataset import DataError
+from options import load_config, option, run
+
+OUT = Path("out")
+
+
+@dataclass
+class ExperimentsConfig:
+    tasks: str = option("", "names, with commas; all by default")
+    models: str = option("", "names, with commas; all by default")
+    seeds: str = option("1", "numbers, with commas")
+    jobs: int = option(2, "runs side by side", 0)
+
+
+# ----------------------------------------------------------------------------------------------
+# data: {task: what makes it}, written to out/data/TASK
+
+CHAINS, REGULAR = "data/arithmetic/prepare.py", "data/automata/prepare.py"
+RANDOM = f"{REGULAR} --task=random --letters=3"
+AUTOMATA = {
+    "parity": f"{REGULAR} --task=parity",
+    "even_pairs": f"{REGULAR} --task=even_pairs",
+    "cycle": f"{REGULAR} --task=cycle",
+    "modular": f"{REGULAR} --task=modular",
+    "s3": f"{REGULAR} --task=s3",
+    "counter8": f"{REGULAR} --task=counter --states=8",
+    "random5": f"{RANDOM} --states=5 --automaton=2",
+    "random5_bit": f"{RANDOM} --states=5 --automaton=2 --answer=accept",
+    "random6_bit": f"{REGULAR} --task=random --letters=4 --states=6 --answer=accept",
+    "random10_bit": f"{RANDOM} --states=10 --automaton=5 --answer=accept",
+    "random12": f"{REGULAR} --task=random --letters=4 --states=12 --automaton=4",
+    "permutations8": f"{RANDOM} --states=8 --permutations --automaton=7",
+    "permutations12": f"{RANDOM} --states=12 --permutations --automaton=3",
+    "permutations24": f"{RANDOM} --states=24 --permutations --automaton=7",
+    "a5": f"{REGULAR} --task=a5 --generators",
+    "s5": f"{REGULAR} --task=s5 --generators",
+}
+DATA = AUTOMATA | {
+    "chains": CHAINS,
+    "addition": f"{CHAINS} --task=addition",
+    "addition_padded": f"{CHAINS} --task=addition --pad",
+    "addition_reversed": f"{CHAINS} --task=addition --reversed --digits=3",
+    "recall": "data/recall/prepare.py",
+    "text": "data/shakespeare/prepare.py",
+}
+
+# ----------------------------------------------------------------------------------------------
+# sets: {(task, model): training && instruments}; {plain} is the plain run of the same seed
+
+MAIN = {
+    "thinking": "train.py config/chain.toml",
+    "pause": "lab/variants/pause.py config/chain.toml",
+    "plain": "train.py config/plain.toml --report=true",
+}
+ONE = "config/automata.toml"  # one configuration, all automata
+PLAIN = f"train.py {ONE} --n_bits=0 --curriculum=false"
+MODELS = {
+    "thinking": f"train.py {ONE}",
+    "cuts_anywhere": f"lab/variants/cuts_anywhere.py {ONE}",
+    "plain_1": PLAIN,
+    "plain_2": f"{PLAIN} --n_layer=2",
+    "plain_4": f"{PLAIN} --n_layer=4",
+    "pause": f"lab/variants/pause.py {ONE}",
+    "softmax": f"lab/variants/softmax.py {ONE} --n_bits=6",
+    "gru": f"lab/variants/gru.py {ONE} --steps=1500",
+}
+REVISE, ADDITION = "train.py config/revise.toml", "train.py config/addition.toml"
+BACKWARDS = f"{ADDITION} --forget=1 --steps=3000"
+NOTES = "train.py config/shakespeare_notes.toml --init_from={plain} --plain={plain}"
+SETS = {
+    "main": {("chains", model): words for model, words in MAIN.items()},
+    "automata": {(task, model): words for task in AUTOMATA for model, words in MODELS.items()},
+    "text": {
+        ("text", "plain"): "train.py config/shakespeare_plain.toml --report=true",
+        ("text", "thinking"): "train.py config/shakespeare.toml --plain={plain}",
+        ("text", "notes"): f"{NOTES} && lab/study.py --plain={{plain}}",
+    },
+    "control": {
+        ("recall", "recall"): "train.py config/recall.toml && lab/control.py",
+        ("addition_padded", "revise"): f"{REVISE} && lab/control.py",
+        ("addition_padded", "no_revise"): f"{REVISE} --revise=0",
+    },
+    "observer": {
+        ("chains", "observer"): "train.py config/observer.toml && lab/calibrate.py",
+        ("chains", "no_observer"): "train.py config/observer.toml --observer=",
+    },
+    "addition": {
+        ("addition", "plain"): f"{ADDITION} --n_bits=0",
+        ("addition", "thinking"): ADDITION,
+        ("addition_reversed", "plain"): f"{BACKWARDS} --n_bits=0",
+        ("addition_reversed", "thinking"): f"{BACKWARDS} --think_cost=0.1 --explore=0.05",
+    },
+}
+
+# ----------------------------------------------------------------------------------------------
+# tables: {heading: where the number is}, see `measure`; of several places the first that is there
+
+ABLATIONS = {m: f"report/modes/{m}/accuracy/{{last}}" for m in ("random", "constant", "swapped")}
+ABLATIONS = {"never": "report/modes/never/accuracy/{last}"} | ABLATIONS
+ROWS = {"worst trained length": "worst", "longest trained": "own/accuracy/{last}"}
+WINDOW, OWN = "report/windows/8/accuracy/", "own/accuracy/"
+NATS = {mode: f"report/modes/{mode}/nats" for mode in ("never", "random", "constant", "swapped")}
+LOSS, VALUE = "calibration/predicted_loss/", "calibration/value_of_thinking/"
+TABLES = {
+    "main": {
+        **ROWS,
+        "12, all in view": f"{OWN}12",
+        "128, window 8": f"{WINDOW}128",
+        "1024, window 8": f"{WINDOW}1024",
+        **ABLATIONS,
+    },
+    "automata": {
+        **ROWS,
+        "length 500, window 8": [f"{at}{n}" for n in (500, 499) for at in (WINDOW, OWN)],
+        **ABLATIONS,
+    },
+    "text": {
+        "nats a token": "own/nats",
+        "plain": "report/plain/nats",
+        **NATS,
+        "thoughts a token": "own/thoughts_per_token",
+        "closed by the note": "study/after_forgetting/closed/note",
+        "closed by another note": "study/after_forgetting/closed/note swapped",
+        "bits saved": "study/after_forgetting/bits_saved_behind",
+    },
+    "control": {
+        **{f"{how}, right": f"control/recall/{how}/right" for how in ("gate", "never", "always")},
+        **{f"{how}, cost": f"control/recall/{how}/cost" for how in ("gate", "never", "always")},
+        "no REVISE": "control/revise/answers right, REVISE forbidden",
+        "REVISE": "control/revise/answers right, REVISE allowed",
+        "greedy": "own/accuracy/{last}",
+    },
+    "observer": {
+        **ROWS,
+        "loss": f"{LOSS}predicted_loss",
+        "loss by entropy": f"{LOSS}entropy",
+        "cost to go": "calibration/cost_to_go/cost_to_go",
+        "value": f"{VALUE}value_of_thinking/area",
+        "value by gate": f"{VALUE}gate/area",
+        "zeroed": "calibration/blinded/zeroed/score",
+    },
+    "addition": {str(n): f"own/accuracy/{n}" for n in (1, 2, 3, 4, 5)} | ABLATIONS,
+}
+
+
+def flat(tree, path: str = "") -> dict[str, float]:
+    """{"a": {"b": 1}} -> {"a/b": 1}, numbers only."""
+    if isinstance(tree, dict):
+        parts = [flat(part, f"{path}/{name}") for name, part in tree.items()]
+        return {name: value for part in parts for name, value in part.items()}
+    return {path.removeprefix("/"): tree} if type(tree) in (int, float) else {}
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """
+    All numbers of a run: FILE/KEY/KEY of its JSON files; under `own` those of the mode it was
+    trained for; `worst`, the least accuracy of a trained level; `last`, the longest of those.
+    """
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    report = found["report"]
+    modes, trained = report["modes"], [str(level) for level in report["trained_levels"]]
+    own = modes.get("policy") or modes.pop("never")  # a plain model has no ablations
+    numbers = flat(found) | flat({"own": own}) | {"last": int(trained[-1])}
+    if "accuracy" in own:
+        numbers["worst"] = min(own["accuracy"][level] for level in trained)
+    return numbers
+
+
+def row(folder: Path, columns: dict) -> list[str]:
+    """The cells of a run: as many as there are columns, and the seconds it took."""
+    numbers, cells = measure(folder), []
+    for places in columns.values():
+        places = [places] if isinstance(places, str) else places
+        places = [place.format(last=numbers["last"]) for place in places]
+        known = [numbers[place] for place in places if place in numbers]
+        cells.append(f"{known[0]:.3f}" if known else "-")
+    return [*cells, f"{numbers['report/seconds']:.0f}"]
+
+
+def table(name: str, runs: list[tuple[str, str, str]]) -> None:
+    """Print a Markdown table: a line for each (task, model, seed) that has a report."""
+    heads = ["task", "model", "seed", *TABLES[name], "seconds"]
+    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    for task, model, seed in runs:
+        folder = ROOT / OUT / name / task / f"{model}_{seed}"
+        if (folder / "report.json").exists():
+            print(f"| {' | '.join([task, model, seed, *row(folder, TABLES[name])])} |")
+
+
+# ----------------------------------------------------------------------------------------------
+# the runner
+
+
+def call(words: list[str], log: Path) -> bool:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(log, "a") as file:
+        command, places = [sys.executable, *words], {"stdout": file, "stderr": file}
+        done = subprocess.run(command, check=False, cwd=ROOT, env=environment, **places)
+    if done.returncode:
+        print(f"{' '.join(words)} failed: see {log}", flush=True)
+    return done.returncode == 0
+
+
+def make(task: str) -> None:
+    folder = ROOT / OUT / "data" / task
+    if not (folder / "meta.json").exists():
+        call([*DATA[task].split(), f"--out={folder}"], folder.with_suffix(".log"))
+
+
+def commands(name: str, task: str, model: str, seed: str) -> list[list[str]]:
+    """Training, then the instruments, of one run."""
+    home = OUT / name / task
+    training, *after = SETS[name][task, model].format(plain=home / f"plain_{seed}").split(" && ")
+    own = [f"--data={OUT / 'data' / task}", f"--out={home / f'{model}_{seed}'}", f"--seed={seed}"]
+    instruments = [[*words.split(), f"--run={home / f'{model}_{seed}'}"] for words in after]
+    return [[*training.split(), *own, "--threads=1"], *instruments]
+
+
+def run_one(name: str, job: tuple[str, str, str]) -> None:
+    task, model, seed = job
+    folder = ROOT / OUT / name / task / f"{model}_{seed}"
+    if not (folder / "report.json").exists():
+        log = folder.with_suffix(".log")
+        log.unlink(missing_ok=True)
+        all(call(words, log) for words in commands(name, *job))  # to the first that fails
+
+
+def chosen(text: str, names: list[str]) -> list[str]:
+    """Those of the names that the text has, with commas; "": all. Raises DataError."""
+    wanted = text.split(",") if text else names
+    if unknown := [name for name in wanted if name not in names]:
+        raise DataError(f"{unknown[0]} is none of {', '.join(names)}")
+    return wanted
+
+
+def main(argv: list[str]) -> None:
+    config = load_config([word for word in argv if word.startswith("-")], ExperimentsConfig)
+    names = [word for word in argv if not word.startswith("-")]
+    if not names:
+        raise DataError(f"name one of the sets: {', '.join(SETS)}")
+    for name in chosen(",".join(names), list(SETS)):
+        tasks = chosen(config.tasks, list(dict.fromkeys(task for task, _ in SETS[name])))
+        models = chosen(config.models, list(dict.fromkeys(model for _, model in SETS[name])))
+        asked = [job for job in SETS[name] if job[0] in tasks and job[1] in models]
+        runs = [(*job, seed) for job in asked for seed in config.seeds.split(",")]
+        if config.jobs:
+            for task in tasks:
+                make(task)
+            first = [job for job in runs if "{plain}" not in SETS[name][job[:2]]]
+            for some in (first, [job for job in runs if job not in first]):
+                with ThreadPoolExecutor(config.jobs) as pool:
+                    list(pool.map(partial(run_one, name), some))
+        table(name, runs)
+
+
+if __name__ == "__main__":
+    run(main, "experiments.py")

@@ -1,0 +1,231 @@
+"""
+What a note of thoughts is worth once all before it is forgotten; where a text model thinks, and
+what its thoughts say.
+
+  python lab/study.py --run=out/shakespeare_notes --plain=out/shakespeare_plain
+
+Writes study.json and study.png into the run's folder: about a minute for 1,000 windows on one core.
+
+After forgetting: a window's context is read, thinking as trained. Behind its last token as many
+thoughts as one run holds are thought: the note. Then the next 16 tokens are predicted from the note
+and from each other, with nothing else in view. The gap that it may close lies between a plain model
+with the whole context and the plain model cut at the same place, whose first token is predicted by
+token frequencies. All windows are validation text, and thoughts greedy.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.dataset import DataError, Text, Vocabulary, load_split
+from lab.report import by_chance, joint_counts, mutual_information
+from model import GPT, Thinking
+from options import load_config, option, run
+from train import LET, as_trained, load_model, may_think, pick_device, rollout
+
+BEHIND = 16  # tokens behind the cut
+PART = 100  # windows that go through together
+PLACES = ("line begins", "word begins", "inside a word", "behind a word", "a speaker's name")
+
+
+@dataclass
+class StudyConfig:
+    run: str = option("out/shakespeare_notes", "folder of the thinking model")
+    plain: str = option("out/shakespeare_plain", "folder of the plain one")
+    data: str = option("", "folder of the data, if not where the checkpoint was trained")
+    windows: int = option(1000, "windows of validation text, at most", 2)
+    device: str = option("auto", "auto, cpu, cuda or mps")
+
+
+def in_parts(measure: Callable, *tensors: Tensor) -> Tensor:
+    """measure(*tensors), PART windows at a time."""
+    return torch.cat([measure(*part) for part in zip(*(x.split(PART) for x in tensors))])
+
+
+# ----------------------------------------------------------------------------------------------
+# after forgetting
+
+
+@torch.no_grad()
+def losses(model: GPT, window: int, given: Tensor, real: Tensor) -> Tensor:
+    """Nats (B, T) of real tokens (B, T) behind ids (B, n), tokens or thoughts, and nothing else."""
+    logits = model(torch.cat([given, real[:, :-1]], dim=1), window=window).logits
+    logits = logits[:, given.size(1) - 1 :]  # (B, T, V)
+    return F.cross_entropy(logits.transpose(1, 2), real, reduction="none")
+
+
+def notes(model: GPT, thinking: Thinking, generator, context: Tensor) -> Tensor:
+    """(B, T) tokens, read with the thoughts the model has on the way -> (B, R) ids of the note."""
+    real = F.pad(context, (0, 1))  # the last token of a rollout is never read itself
+    length = torch.full_like(real[:, 0], real.size(1))
+    grid = rollout(model, real, length, thinking, generator)
+    thoughts = slice(1, 1 + thinking.max_run)
+    number = grid.token[:, :, thoughts] - model.config.vocab_size  # (B, T + 1, R)
+    forced = torch.where(grid.present[:, :, thoughts], number, -1)
+    forced[:, -2] = LET
+    always = dataclasses.replace(thinking, force=1.0, price=None, after=None)
+    return rollout(model, real, length, always, generator, forced).token[:, -2, thoughts]
+
+
+def after_forgetting(thinker, plain, real: Tensor, frequency: Tensor) -> dict:
+    """
+    thinker, plain: (model, Thinking); real: windows (B, T), cut BEHIND tokens before their end;
+    frequency (V,) of tokens -> {curve: [nats at each distance]}, and the share of the gap that the
+    note closes.
+    """
+    (model, thinking), generator = thinker, torch.Generator(real.device).manual_seed(0)
+    context, behind = real[:, :-BEHIND], real[:, -BEHIND:]
+    note = in_parts(partial(notes, model, thinking, generator), context)
+    K, V = model.config.n_think, model.config.vocab_size
+    given = {
+        "note": note,
+        "note swapped": note.roll(1, dims=0),  # what the window before it had
+        "note random": torch.randint_like(note, V, V + K),
+        "note constant": note.mode(dim=0).values.expand_as(note),
+    }
+    plain_losses, own_losses = (partial(losses, m, how.window) for m, how in (plain, thinker))
+    nats = {name: in_parts(own_losses, ids, behind) for name, ids in given.items()}
+    total = {name: loss.sum(dim=1) for name, loss in nats.items()}  # (B,) each
+    whole = in_parts(plain_losses, real[:, :1], real[:, 1:])[:, -BEHIND:]
+    cut = in_parts(plain_losses, behind[:, :1], behind[:, 1:])
+    cut = torch.cat([-frequency.log()[behind[:, :1]], cut], dim=1)
+    gap, gain = (cut - whole).sum(dim=1), cut.sum(dim=1) - total["note"]
+    closed = {name: ((cut.sum() - loss.sum()) / gap.sum()).item() for name, loss in total.items()}
+    # the error of a ratio of means, by the delta method
+    error = (gain - closed["note"] * gap).std() / len(gap) ** 0.5 / gap.mean()
+    counts = torch.unique(note, dim=0, return_counts=True)[1]
+    p, curves = counts / counts.sum(), {"plain, whole context": whole, "plain, cut": cut} | nats
+    return {
+        "curves": {name: x.mean(dim=0).tolist() for name, x in curves.items()},
+        "gap_nats": gap.mean().item(),
+        "closed": closed,
+        "closed_interval": 1.96 * error.item(),
+        "bits_a_note_can_carry": thinking.max_run * model.config.n_bits,
+        "entropy_bits": -(p * p.log2()).sum().item(),
+        "bits_saved_behind": gain.mean().item() / math.log(2),
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# where and what
+
+
+def describe(text: str) -> tuple[list[int], list[int]]:
+    """
+    For every character: where what comes next stands, an index of PLACES; and how many letters its
+    word has so far, up to 10.
+    """
+    names = re.finditer(r"(?:(?<=\n\n)|\A)[A-Z][^\n:]{0,30}:(?=\n)", text)
+    in_name = {i for m in names for i in range(m.start() - 1, m.end() - 1)}
+    places, letters, word = [], [], 0
+    for i, c in enumerate(text):
+        following = text[i + 1 : i + 2]
+        word = word + 1 if c.isalpha() or c == "'" else 0
+        goes_on = following.isalpha() or following == "'" and word > 0
+        place = 0 if c == "\n" else (2 if word else 1) if goes_on else 3
+        places.append(4 if i in in_name else place)
+        letters.append(min(word, 10))
+    return places, letters
+
+
+def information(thoughts: Tensor, labels: Tensor) -> float:
+    """I(thought; label) in nats, less its bias: what shuffled labels seem to have."""
+    return mutual_information(joint_counts(thoughts, labels)[1]) - by_chance(thoughts, labels)
+
+
+def where_and_what(thinker, text: Text, vocabulary: Vocabulary, size: int) -> dict:
+    """Thinking rates by place, and what the first thought of a run tells, in `size` windows."""
+    (model, thinking), windows = thinker, text.first(size, text.block).real  # (N, T)
+    blob = b"".join(vocabulary.pieces[i] for i in text.tokens.tolist())
+    ends = torch.tensor([len(piece) for piece in vocabulary.pieces])[text.tokens].cumsum(0) - 1
+    place, letters = (torch.tensor(x)[ends] for x in describe(blob.decode("latin-1")))
+    index = text.spread(size)[:, None] + torch.arange(text.block + 1)  # (N, T) in the text
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(0)
+    found = []
+    for real, at in zip(windows.split(PART), index.split(PART)):
+        real = real.to(generator.device)
+        length = torch.full_like(real[:, 0], real.size(1))
+        grid = rollout(model, real, length, thinking, generator)
+        asked = may_think(grid, thinking)[:, :, 0].cpu()
+        parts = (grid.thinks[:, :, 0].cpu(), grid.token[:, :, 1].cpu(), at)
+        found.append(torch.stack([part[asked].long() for part in parts]))
+    thinks, thought, index = torch.cat(found, dim=1)
+    by_place = {name: thinks[place[index] == k] for k, name in enumerate(PLACES)}
+    by_place = {name: [x.double().mean().item(), len(x)] for name, x in by_place.items() if len(x)}
+    thought, index = thought[thinks > 0], index[thinks > 0]
+    about = {"letters of the word so far": letters[index], "what comes next": place[index]}
+    for name, step in {"last token": 0, "token before it": -1, "next token": 1}.items():
+        about[name] = text.tokens[(index + step).clamp(0, len(text.tokens) - 1)]
+    known = {name: information(thought, label) for name, label in about.items() if len(thought)}
+    return {"rate_and_count_by_place": by_place, "information_nats": known}
+
+
+# ----------------------------------------------------------------------------------------------
+# together
+
+
+def draw(study: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (a, b, c) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    found = study["after_forgetting"]
+    for name, curve in found["curves"].items():
+        a.plot(range(1, BEHIND + 1), curve, label=name, ls="--" if "plain" in name else "-")
+    a.set(xlabel="tokens behind the cut", ylabel="nats")
+    a.set(title=f"the note closes {found['closed']['note']:.0%} of the gap")
+    a.legend(fontsize=7)
+    rates, known = study["rate_and_count_by_place"], study["information_nats"]
+    b.barh([*rates], [rate for rate, _ in rates.values()])
+    b.set(xlabel="share of tokens that a thought follows", xlim=(0, 1))
+    c.barh([*known], [*known.values()])
+    c.set(xlabel="nats", title="what a run's first thought tells")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(argv, StudyConfig)
+    device = pick_device(config.device)
+    model, vocabulary, state = load_model(config.run, device)
+    block = state["config"]["block"]
+    if not model.config.n_bits or vocabulary.row_end >= 0:
+        raise DataError(f"{config.run} is not a thinking model of a text")
+    if block <= BEHIND:
+        raise DataError(f"windows of {block} tokens are too short: {BEHIND} lie behind the cut")
+    other, its_vocabulary, its_state = load_model(config.plain, device)
+    if its_vocabulary.tokens != vocabulary.tokens:
+        raise DataError(f"the plain model in {config.plain} has another vocabulary")
+    thinker = (model, as_trained(state, vocabulary))
+    plain = (other, as_trained(its_state, vocabulary))
+    folder = config.data or state["config"]["data"]
+    train, text = (load_split(folder, split, vocabulary, block) for split in ("train", "val"))
+    frequency = torch.bincount(train.tokens, minlength=len(vocabulary.tokens)).float() + 1
+    frequency = (frequency / frequency.sum()).to(device)
+    real = text.first(config.windows, block).real[:, 1:].to(device)
+    torch.manual_seed(0)
+    study = {"task": state["meta"]["task"], "run": config.run, "plain": config.plain}
+    study["after_forgetting"] = after_forgetting(thinker, plain, real, frequency)
+    study |= where_and_what(thinker, text, vocabulary, config.windows)
+    study = json.loads(json.dumps(study), parse_float=lambda x: round(float(x), 4))
+    out = Path(config.run)
+    (out / "study.json").write_text(json.dumps(study, indent=1) + "\n")
+    draw(study, out / "study.png")
+    print(json.dumps(study, indent=1) + f"\nwritten: {out / 'study.json'}, {out / 'study.png'}")
+
+
+if __name__ == "__main__":
+    run(main, "study.py")
