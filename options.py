@@ -54,7 +54,7 @@ def load_config(argv: list[str], kind: type):
             values |= tomllib.loads(Path(argument).read_text())
         except OSError as error:
             raise DataError(f"cannot read config {argument} ({error.strerror})") from None
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{argument} is not TOML: {error}") from None
     for name in values:
         if name not in fields:

@@ -166,8 +166,8 @@ def rollout(
     if not R and not recall:
         return grid
     for t in range(int(length.max()) - 1):
+        feed.append((t, 0))  # slots that go through the network now
         for run in range(R + 1 if recall else R):
-            feed.append((t, run))  # slots that go through the network now
             here = torch.stack([present[:, i, slot] for i, slot in feed], dim=1)
             ids = torch.stack([token[:, i, slot] for i, slot in feed], dim=1)
             cells = Cells(count + here.cumsum(dim=1) - 1, seen=here)
@@ -242,6 +242,7 @@ def read(
     if config.recall or config.revise:  # cells that nobody sees
         lasting = used.clone()
         lasting[:, :, -2:] = False
+    if config.revise:
         target = target.clone()
         target[:, :, -1] = config.vocab_size
     cells = Cells(pick(grid.position), None if segment is None else pick(segment))
@@ -469,7 +470,7 @@ def hybrid_loss(model, grid: Grid, batch: Batch, thinking: Thinking, config: Con
         echoes = F.pad(grid.thinks[:, :, :-1], (1, 0)) & ~batch.shown[:, None, None]
         for look in range(config.cuts if config.forget else 1):
             cut = draw_cut(grid, batch, config.forget, 1.0 if look else CUT_LATE)
-            used = grid.present if config.recall else cut.used  # RECALL sees what is cut off
+            used = cut.left.present if config.recall else cut.used  # RECALL sees past a cut
             kept = read(model, grid, window, used, cut.segment, out.thoughts, echoes)
             left = cut.left._replace(present=cut.used)
             loss = token_loss(kept.loss, left, counted, config.thinking_weight)
@@ -653,12 +654,15 @@ def load_checkpoint(folder: str, device: str = "cpu") -> dict:
     """Raises DataError."""
     path = Path(folder) / "checkpoint.pt"
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise DataError(f"there is no checkpoint in {folder}: train first") from None
     except Exception as error:
         reason = f"({type(error).__name__}): it is damaged or not ours"
         raise DataError(f"{path} cannot be read as a checkpoint {reason}") from None
+    if not {"config", "network", "meta", "model", "curriculum"} <= set(state):
+        raise DataError(f"the checkpoint in {folder} was written by another program or version")
+    return state
 
 
 def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]:
@@ -749,9 +753,10 @@ class Trainer:
         self.model = new_model(config, self.vocabulary).to(self.device)
         self.network = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay)
-        watching = {p for n, p in self.model.named_parameters() if ".observer." in n}
-        others = [p for p in self.model.parameters() if p not in watching]
-        self.clipped = [others, list(watching)]  # apart: one's size must not shrink the other
+        named = list(self.model.named_parameters())
+        watching = [p for n, p in named if ".observer." in n]
+        others = [p for n, p in named if ".observer." not in n]
+        self.clipped = [others, watching]  # apart: the size of one must not shrink the other
         self.curriculum = Curriculum(self.rows.count, config.curriculum)
         self.step, self.seconds, self.paid = 0, 0.0, False
 
@@ -868,10 +873,11 @@ class Trainer:
 def prepare_data(folder: str) -> None:
     """Make the data of a task that comes with the program, if they are not there yet."""
     script = Path(folder) / "prepare.py"
-    if script.exists() and not (Path(folder) / "meta.json").exists():
+    if RANK == 0 and script.exists() and not (Path(folder) / "meta.json").exists():
         print(f"{folder} holds no data yet: python {script}", flush=True)
         if subprocess.run([sys.executable, str(script)], check=False).returncode:
             raise DataError(f"{script} failed")
+    total(torch.zeros(()))  # other processes wait for the data
 
 
 def progress_line(log: dict, rate: float, left: float) -> str:

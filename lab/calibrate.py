@@ -143,21 +143,19 @@ def correlations(subject: Subject, split, rows: int) -> dict:
     for level in split.levels:
         grid, found = look(subject, split.first(rows, level))
         parts.append({name: value[grid.emits] for name, value in found.items()})
-    all_of_them = joined(parts)
+    signs = joined(parts)
     for reading, truth in (("predicted_loss", "loss"), ("cost_to_go", "cost")):
-        real, signs = all_of_them[truth], (reading, f"probe of {truth}", *RIVALS)
-        bias = (all_of_them[reading] - real).mean().item()
-        result[reading] = {sign: spearman(all_of_them[sign], real) for sign in signs}
-        result[reading] |= {"cells": len(real), "bias": bias}
+        names = (reading, f"probe of {truth}", *RIVALS)
+        result[reading] = {name: spearman(signs[name], signs[truth]) for name in names}
+        result[reading]["bias"] = (signs[reading] - signs[truth]).mean().item()
     return result
 
 
 def wrong(subject: Subject, splits: list[Rows], rows: int) -> dict:
     """{level: {"accuracy", sign: area}} for levels that are neither easy nor hopeless."""
     result = {}
-    for split, level in ((split, level) for split in splits for level in split.levels):
-        if level > LONGEST:
-            continue
+    levels = [(level, split) for split in splits for level in split.levels if level <= LONGEST]
+    for level, split in levels:
         batch = split.first(rows, level)
         grid, found = look(subject, batch)
         asked = grid.emits & train.counted_tokens(batch)  # (B, T, S), one cell of a token at most

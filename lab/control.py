@@ -67,38 +67,49 @@ def recall(model: GPT, split: Rows, thinking: Thinking, price: float, rows: int)
 
 @torch.no_grad()
 def taken_back(model: GPT, batch: Batch, thinking: Thinking, tried: Tensor) -> float:
-    """Share that REVISE takes back of the tokens `tried` (B, T), behind right ones; -1: drawn."""
+    """
+    Share that REVISE takes back of the tokens `tried` (B, T) in an answer, each behind the right
+    ones; -1: none is tried. A sequence's last token does not count: what was said is never revised.
+    """
     grid = train.rollout(model, batch.real, batch.length, thinking)
-    V = model.config.vocab_size
-    grid = train.with_wrong_tokens(grid, batch._replace(wrong=tried), 1.0, V)
+    V, t = model.config.vocab_size, torch.arange(tried.size(1))
+    grid = train.with_wrong_tokens(grid, batch._replace(wrong=tried), 0.0, V)
     regret = train.read(model, grid, thinking.window).loss[:, :, -1]  # -log p(REVISE), nats
-    return (regret < math.log(2))[grid.present[:, :, -1]].float().mean().item()
+    asked = grid.present[:, :, -1] & (t + 2 < batch.length[:, None])  # (B, T)
+    return (regret < math.log(2))[asked].float().mean().item()
+
+
+def draw(model: GPT, row: list[int], prompt: int, thinking: Thinking, revisions: int, generator):
+    """Draw an answer to a prompt -> how many of its tokens were (taken back?, right?): a Counter."""
+    said, counts = [], Counter()
+
+    def watch(what: str, token: int) -> None:
+        if what == "token":
+            said.append(token)
+        if what == "revise":
+            counts[True, said.pop() == row[len(said)]] += 1
+
+    how = {"temperature": 1.0, "revisions": revisions, "watch": watch}
+    generate(model, row[:prompt], len(row) - prompt, thinking, generator, **how)
+    return counts + Counter((False, a == b) for a, b in zip(said[prompt:], row[prompt:]))
 
 
 def revise(model: GPT, batch: Batch, thinking: Thinking, drawn: int, revisions: int) -> dict:
     """REVISE in prefixes and in answers of the model's own, see above; all are shares."""
-    unknown, result = torch.full_like(batch.real, -1), {}
-    result["wrong tokens of prefixes taken back"] = taken_back(model, batch, thinking, unknown)
-    result["right tokens of prefixes taken back"] = taken_back(model, batch, thinking, batch.real)
+    real, other, result = batch.real, batch.real.roll(1, dims=0), {}
+    wrong = other.masked_fill(other == real, -1)  # what another sequence says in the same place
+    result["wrong tokens of prefixes taken back"] = taken_back(model, batch, thinking, wrong)
+    result["right tokens of prefixes taken back"] = taken_back(model, batch, thinking, real)
     for name, allowed in (("forbidden", 0), ("allowed", revisions)):
         generator, hits, counts = torch.Generator().manual_seed(0), 0, Counter()
-        for i in torch.arange(drawn) % len(batch.real):
-            row, prompt = batch.real[i, : batch.length[i]].tolist(), int(batch.prompt[i])
-            said = []  # so far
-
-            def watch(what: str, token: int, row=row, said=said) -> None:
-                if what == "token":
-                    said.append(token)
-                if what == "revise":
-                    counts["taken back", said.pop() == row[len(said)]] += 1
-
-            how = {"temperature": 1.0, "revisions": allowed, "watch": watch}
-            generate(model, row[:prompt], len(row) - prompt, thinking, generator, **how)
-            counts.update(("kept", a == b) for a, b in zip(said[prompt:], row[prompt:]))
-            hits += said == row
+        for i in torch.arange(drawn) % len(real):
+            row = real[i, : batch.length[i]].tolist()
+            found = draw(model, row, int(batch.prompt[i]), thinking, allowed, generator)
+            hits += not found[False, False]
+            counts += found
         result[f"answers right, REVISE {name}"] = hits / drawn
     for right, name in enumerate(("wrong", "right")):
-        taken, kept = counts["taken back", right], counts["kept", right]
+        taken, kept = counts[True, right], counts[False, right]
         result[f"{name} tokens of its own taken back"] = taken / max(1, taken + kept)
     return result
 

@@ -52,12 +52,13 @@ class ReportConfig:
 def accuracy(model: GPT, splits: list[Rows], thinking: Thinking, rows: int) -> dict:
     """-> {"accuracy": {level: share of whole answers right}, "thoughts_per_row": {level: mean}}."""
     result, device = {"accuracy": {}, "thoughts_per_row": {}}, model.head.weight.device
-    for split, level in [(split, level) for split in splits for level in split.levels]:
-        if level <= LONGEST or thinking.window:
+    for split in splits:
+        for level in split.levels:
+            if level > LONGEST and not thinking.window:
+                continue
             generator = torch.Generator(device).manual_seed(level)
-            grid, right, _ = evaluate(
-                model, split.first(rows, level).to(device), thinking, generator
-            )
+            batch = split.first(rows, level).to(device)
+            grid, right, _ = evaluate(model, batch, thinking, generator)
             thoughts = grid.thinks.sum().item() / len(right)
             result["accuracy"][level] = round(right.float().mean().item(), 4)
             result["thoughts_per_row"][level] = round(thoughts, 2)
@@ -144,8 +145,10 @@ def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict)
     labels = label[:, :, None].expand_as(thinks)[thinks]  # (N,)
     used, counts = joint_counts(thoughts, labels)
     counts = F.pad(counts, (0, len(values) - counts.size(1)))
-    read, silent = grid.present[:, :, 0].cpu(), ~thinks[:, :, 0]
-    shares = [silent[read & (label == i)].float().mean().item() for i in range(len(values))]
+    shares = []
+    for i in range(len(values)):
+        here = grid.present[:, :, 0].cpu() & (label == i)
+        shares.append((here & ~thinks[:, :, 0]).sum().item() / max(1, here.sum().item()))
     found = {"label": probe["name"], "mutual_information": 0.0}
     if len(used):
         found["mutual_information"] = round(mutual_information(counts), 4)
@@ -166,6 +169,11 @@ def make_report(config: ReportConfig) -> dict:
     folder = Path(config.data or trained.data)
     names = ["val", "test"] if (folder / "test.bin").exists() else ["val"]
     splits = [load_split(folder, name, vocabulary, trained.block) for name in names]
+    if config.plain:
+        plain, words, plain_state = load_model(config.plain, config.device)
+        if words.tokens != vocabulary.tokens:
+            other = f"it was trained on {plain_state['meta']['task']}"
+            raise DataError(f"the plain model in {config.plain} has another vocabulary: {other}")
     report = {
         "task": meta["task"],
         "level": meta["level"],
@@ -203,13 +211,10 @@ def make_report(config: ReportConfig) -> dict:
     if probe.exists() and trained.n_bits:
         report["meaning"] = meaning(model, vocabulary, thinking, json.loads(probe.read_text()))
     if config.plain:
-        other, words, plain = load_model(config.plain, config.device)
-        if words.tokens != vocabulary.tokens:
-            message = f"the plain model in {config.plain} has another vocabulary: it was trained on"
-            raise DataError(f"{message} {plain['meta']['task']}")
-        report["plain"] = measure(other, mode="never", window=plain["config"]["window"])
-        report["plain"]["params"] = sum(p.numel() for p in other.parameters())
-        report["plain"]["seconds"] = round(plain["progress"]["seconds"], 1)
+        window = plain_state["config"]["window"]
+        report["plain"] = measure(plain, mode="never", window=window)
+        report["plain"]["params"] = sum(p.numel() for p in plain.parameters())
+        report["plain"]["seconds"] = round(plain_state["progress"]["seconds"], 1)
     return report
 
 
@@ -281,6 +286,7 @@ def draw_accuracy(report: dict, checks: list[dict], axes) -> None:
         by_level.plot([*shares], [*shares.values()], label=name, marker="o", ms=4, lw=width)
     by_level.axvspan(trained[0], trained[-1], color="0.92", label="trained")
     by_level.set(xscale="log", xlabel=level, ylabel="answers right", title=report["task"])
+    by_level.set_ylim(-0.02, 1.03)
     by_level.set_xticks(ticks := [2**i for i in range(11)], ticks)
     by_level.minorticks_off()
     by_level.legend(fontsize=8)
@@ -294,6 +300,7 @@ def draw_accuracy(report: dict, checks: list[dict], axes) -> None:
     for n in trained:
         learning.plot(seconds, [m["validation"].get(str(n)) for m in checks], label=n)
     learning.set(xlabel="seconds", ylabel="validation answers right", title=f"learning, by {level}")
+    learning.set_ylim(-0.02, 1.03)
     learning.legend(fontsize=7, ncols=2)
     for axis in axes.flat:
         axis.axis("on" if axis.has_data() else "off")

@@ -34,7 +34,7 @@ def tiny():
         model = GPT(GPTConfig(**(sizes | changes)))
         for name, parameter in model.named_parameters():  # as they start, all cells are alike
             if "norm" not in name:
-                torch.nn.init.normal_(parameter, std=0.0 if "gate.bias" in name else 0.5)
+                torch.nn.init.normal_(parameter, std=0.0 if "gate.out.bias" in name else 0.5)
         return model.eval()
 
     return make
@@ -57,7 +57,7 @@ def grid_of(streams, runs=2):
     token = torch.full((len(streams), length, runs + 3), V + 1)
     token[:, :, 0], present = 0, torch.zeros_like(token, dtype=torch.bool)
     for b, stream in enumerate(streams):
-        t = -1
+        t, slot = -1, 0
         for i in stream:
             t, slot = (t + 1, 0) if i < V else (t, runs + 1 if i == RECALL else slot + 1)
             token[b, t, slot], present[b, t, slot] = i, True

@@ -108,7 +108,8 @@ def test_a_rollout_is_what_one_gets_cell_by_cell_with_the_whole_stream_each_time
     thinking, runs, recalls = Thinking(greedy=True, **changes), set(), set()
     for seed in range(3):
         model = tiny(seed, **sizes).double()
-        real, length = torch.randint(V, (5, 9), generator=seeded(seed)), torch.tensor([9, 2, 7, 3, 9])
+        real = torch.randint(V, (5, 9), generator=seeded(seed))
+        length = torch.tensor([9, 2, 7, 3, 9])
         grid = rollout(model, real, length, thinking)
         twin = [step_by_step(model, r[:n], thinking) for r, n in zip(real, length)]
         assert streams_of(grid) == twin
@@ -139,8 +140,8 @@ def test_a_plain_model_and_one_that_must_not_think_hold_real_tokens_only(tiny):
 
 def test_ablations_take_away_what_thoughts_say_but_not_when_they_are_thought(tiny):
     """What each cell would have thought is read off the grid itself."""
-    model, real, length = tiny(3), torch.randint(V, (40, 6), generator=seeded(0)), torch.full((40,), 6)
-    drawn = []
+    model, real = tiny(3), torch.randint(V, (40, 6), generator=seeded(0))
+    length, drawn = torch.full((40,), 6), []
     for mode in ("policy", "swapped", "constant", "random"):
         thinking = Thinking(mode, force=1.0, greedy=True, constant=2)
         grid = rollout(model, real, length, thinking, seeded(1))
@@ -200,7 +201,7 @@ def mixed(model, seed=0, **thinking):
     real = torch.randint(V, (6, 9), generator=seeded(seed))
     grid = rollout(model, real, length, Thinking(max_run=2, **thinking), seeded(seed))
     if model.config.revise:
-        tried = torch.rand(6, 9, generator=seeded(seed)) < 0.5
+        tried = torch.rand(6, 9, generator=seeded(seed)) < 0.8
         grid.present[:, :, -1] = tried & grid.present[:, :, 0]
         grid.token[:, :, -1] = (real + 1) % V
     return grid
@@ -215,12 +216,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("chunk", [512, 5])
+@pytest.mark.parametrize("chunk", [512, 5, 3])
 @pytest.mark.parametrize("window", [0, 1, 4])
 @pytest.mark.parametrize("sizes", MODELS)
 def test_a_packed_pass_is_each_sequence_alone(tiny, monkeypatch, sizes, window, chunk):
-    # BUG in train.read, fails for (revise, window 4, chunk 5): wrong tokens take up room in a cache
-    # cut to the last `window` cells, so that cells in view are lost. See the report.
+    # BUG in train.read, fails for (revise, 4, 5) and (revise, 4, 3): wrong tokens take up room in a
+    # cache cut to the last `window` cells, so that cells in view are lost.
     monkeypatch.setattr(train, "CHUNK", chunk)
     model = tiny(1, **MODELS[sizes]).double()
     grid = mixed(model)

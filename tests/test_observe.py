@@ -1,28 +1,29 @@
-"""Looking inside: the looking changes nothing, the numbers are right by hand, and the page is read in a browser."""
+"""Looking inside: it changes nothing, the numbers are right by hand, and the page can be read."""
 
 import json
 import math
 import re
 import shutil
 import subprocess
-from itertools import groupby
 
 import pytest
 import torch
-from conftest import call
-from test_data import refused
+from conftest import call, grid_of, small
 
-from data.dataset import Vocabulary
-from model import KVCache
-from observe import draw, look, page, shown, trace
-from sample import introspect
-from stream import Rollout, Thinking, generate, rollout
+import train
+from data.dataset import DataError, Vocabulary
+from lab import observe
+from lab.observe import draw, look, page, shown, trace
+from model import READINGS, Thinking, generate
 
 LETTERS = Vocabulary({"vocab": list("abcde")})
+GREEDY = Thinking(greedy=True, max_run=2)
 
 
-def answer(model, window=0, prompt=(0, 1, 2), max_run=2) -> Rollout:
-    return generate(model, [list(prompt)], 9, Thinking(greedy=True, max_run=max_run, window=window))[1]
+def one(model, thinking=GREEDY, prompt=(0, 1, 2)):
+    """-> grid of an answer to a prompt, how long the prompt is."""
+    real = torch.tensor([generate(model, list(prompt), 9, thinking)])
+    return train.rollout(model, real, torch.tensor([real.size(1)]), thinking), len(prompt)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -37,17 +38,15 @@ def test_looking_changes_nothing_and_the_last_layer_says_what_the_model_says(
     tiny, n_bits, observer, window
 ):
     model = tiny(n_bits=n_bits, observer=observer)
-    ids = 5 + model.config.n_think
-    stream = torch.randint(ids, (2, 9), generator=torch.Generator().manual_seed(0))
-    c = torch.arange(9)
-    band = (c[:, None] >= c) & (c[:, None] - c < (window or 9))
-    plain, (output, sight) = model(stream, mask=band), look(model, stream, band)
-    assert all(torch.equal(a, b) for a, b in zip(plain, output))
-    p = plain.words.softmax(dim=-1).topk(3)
-    assert torch.equal(sight.words[:, :, -1], p.indices)
-    torch.testing.assert_close(sight.p[:, :, -1], p.values)
+    ids = torch.randint(5 + model.config.n_think, (2, 9))
+    plain, (output, sight) = model(ids, window=window), look(model, ids, window=window)
+    assert all(torch.equal(a, b) for a, b in zip(plain[:5], output[:5]))
+    top = plain.logits.softmax(dim=-1).topk(3)
+    assert torch.equal(sight.tokens[:, :, -1], top.indices)
+    torch.testing.assert_close(sight.p[:, :, -1], top.values)
     assert sight.observer.shape == (2, 9, bool(observer))
-    assert not any(block.attention._forward_hooks for block in model.blocks), "nothing stays behind to slow the next pass"
+    left = [block.attention._forward_hooks for block in model.blocks]
+    assert not any(left), "nothing stays behind to slow the next pass"
 
 
 def entropy(p) -> float:
@@ -55,33 +54,40 @@ def entropy(p) -> float:
 
 
 @torch.no_grad()
-def test_velocities_by_hand(tiny):
+def test_the_numbers_of_a_layer_by_hand(tiny):
     model = tiny(n_layer=3, observer="0,2")
-    stream = torch.tensor([[0, 6, 3, 1]])
-    _, sight = look(model, stream)
+    ids = torch.tensor([[0, 6, 3, 1]])
+    _, sight = look(model, ids)
     angle = torch.arange(4)[:, None] * model.frequency
-    below = [model.embed(stream)]
+    turn = angle.cos(), angle.sin()
+    below = [model.embed(ids)]
     for layer, block in enumerate(model.blocks):
-        q, k, v = (part[0] for part in block.attention.heads(block.norm1(below[-1]), below, angle.cos(), angle.sin()))  # (nh, C, hs)
+        heads = block.attention.heads(block.norm1(below[-1]), below, turn)
+        q, k, v = (part[0] for part in heads)  # (nh, C, hs)
         mixed = torch.zeros(4, 8 * len(q))
         for c in range(4):
             spread = []
             for head in range(len(q)):
-                p = torch.stack([q[head, c] @ k[head, s] / 8**0.5 for s in range(c + 1)]).softmax(dim=0)
-                mixed[c, 8 * head : 8 * head + 8] = sum(p[s] * v[head, s] for s in range(c + 1))
+                score = torch.stack([q[head, c] @ k[head, s] / 8**0.5 for s in range(c + 1)])
+                p = score.softmax(dim=0)
+                mixed[c, 8 * head : 8 * head + 8] = p @ v[head, : c + 1]
                 spread.append(entropy(p))
-            assert sight.attention[0, c, layer].item() == pytest.approx(sum(spread[:2]) / 2, abs=1e-5)
-            if len(spread) == 3:
+            mean = sum(spread[:2]) / 2
+            assert sight.attention[0, c, layer].item() == pytest.approx(mean, abs=1e-5)
+            if layer == 2:
                 assert sight.observer[0, c, 0].item() == pytest.approx(spread[2], abs=1e-5)
         x = below[-1] + block.attention.proj(mixed)
         below.append(x + block.down(block.gelu(block.up(block.norm2(x)))))
         for c in range(4):
             old, new = below[-2][0, c], below[-1][0, c]
-            assert sight.change[0, c, layer].item() == pytest.approx(math.dist(old, new) / math.hypot(*old), rel=1e-4)
-            assert sight.cosine[0, c, layer].item() == pytest.approx((old @ new).item() / math.hypot(*old) / math.hypot(*new), abs=1e-5)
-            words = model.head(model.norm(new)).softmax(dim=0)
-            assert sight.lens[0, c, layer].item() == pytest.approx(entropy(words), abs=1e-5)
-    torch.testing.assert_close(sight.slope, (sight.lens[..., 2] - sight.lens[..., 0]) / 2)  # least squares through three points
+            change = math.dist(old, new) / math.hypot(*old)
+            cosine = (old @ new).item() / math.hypot(*old) / math.hypot(*new)
+            lens = entropy(model.head(model.norm(new)).softmax(dim=0))
+            assert sight.change[0, c, layer].item() == pytest.approx(change, rel=1e-4)
+            assert sight.cosine[0, c, layer].item() == pytest.approx(cosine, abs=1e-5)
+            assert sight.lens[0, c, layer].item() == pytest.approx(lens, abs=1e-5)
+    # least squares through three points
+    torch.testing.assert_close(sight.slope, (sight.lens[..., 2] - sight.lens[..., 0]) / 2)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -89,142 +95,185 @@ def test_velocities_by_hand(tiny):
 
 
 @pytest.mark.parametrize("window", [0, 4])
-def test_a_trace_is_of_the_model_that_answered_column_by_column(tiny, window):
-    model = tiny(observer="quarters")
-    roll = answer(model, window)
-    columns = trace(model, roll, 3, LETTERS)["columns"]
-    cache = KVCache(model.config, 1, len(columns), window)
-    assert any(column["thought"] for column in columns) and any(column["own"] for column in columns)
-    for i, column in enumerate(columns):
-        out = model(torch.tensor([[column["token"]]]), cache=cache)
-        truth = LETTERS.index[column["next"]]
-        assert column["loss"] == pytest.approx(-out.words[0, 0].log_softmax(dim=0)[truth].item(), abs=1e-3)
-        assert [column[name] for name in ("coming", "worth", "ahead")] == pytest.approx(out.readings[0, 0].tolist(), abs=1e-3)
-        assert column["gate"] == pytest.approx(out.gate[0, 0].sigmoid().item(), abs=1e-3)
-        assert column["thinks"] == (i + 1 < len(columns) and columns[i + 1]["thought"])
-        if column["thought"]:
-            assert (column["without"], column["with"]) == (columns[i - 1]["layers"][-1]["words"][0], column["layers"][-1]["words"][0])
-            assert column["text"] == f"[{column['token'] - 5}]" and columns[i - 1]["next"] == column["next"]
+def test_a_trace_is_of_the_model_that_answered_cell_by_cell(tiny, window):
+    model, thinking = tiny(observer="quarters"), Thinking(greedy=True, max_run=2, window=window)
+    grid, given = one(model, thinking)
+    found, heard = trace(model, grid, given, thinking, LETTERS), []
+    generate(model, [0, 1, 2], 9, thinking, watch=lambda what, number: heard.append(number))
+    cells, cache = found["cells"], None
+    assert [cell["token"] for cell in cells] == heard[:-1], "what it thought when it answered"
+    real = [cell for cell in cells if not cell["thought"]]
+    assert [cell["own"] for cell in real] == [False] * 3 + [True] * 8 and found["last"]["own"]
+    assert len(real) < len(cells)
+    for i, cell in enumerate(cells):
+        out = model(torch.tensor([[cell["token"]]]), None, cache, window)
+        cache, log_p = out.cache, out.logits[0, 0].log_softmax(dim=0)
+        assert cell["loss"] == pytest.approx(-log_p[LETTERS.index[cell["next"]]].item(), abs=1e-3)
+        readings = [cell[name] for name in READINGS]
+        assert readings == pytest.approx(out.readings[0, 0].tolist(), abs=1e-3)
+        assert cell["gate"] == pytest.approx(out.gate[0, 0].sigmoid().item(), abs=1e-3)
+        assert cell["thinks"] == (i + 1 < len(cells) and cells[i + 1]["thought"])
+        run = i - max(j for j in range(i + 1) if not cells[j]["thought"])
+        assert cell["asked"] == (run < 2), "behind the second thought the gate has no choice"
+        if cell["thought"]:
+            before, behind = (cells[j]["layers"][-1]["tokens"][0] for j in (i - 1, i))
+            assert (cell["without"], cell["with"]) == (before, behind)
+            assert cell["text"] == f"[{cell['token'] - 5}]" and cells[i - 1]["next"] == cell["next"]
 
 
 def test_what_a_model_does_not_have_its_trace_does_not_hold(tiny):
-    ids = torch.tensor([[0, 1, 2, 3]])
     for model in (tiny(n_bits=0), tiny(n_bits=0, observer="quarters"), tiny()):
-        roll = rollout(model, ids, torch.tensor([4]), Thinking(greedy=True))
-        found = trace(model, roll, 4, LETTERS)
-        column = found["columns"][0]
-        assert ("gate" in column) == bool(model.config.n_think) and ("coming" in column) == bool(model.config.observer)
-        assert "".join(c["text"] for c in found["columns"] if not c["thought"]) + found["last"]["text"] == "abcd"
-        assert not any(c["own"] for c in found["columns"]) and not found["last"]["own"], "it only read"
+        ids = torch.tensor([[0, 1, 2, 3]])
+        grid = train.rollout(model, ids, torch.tensor([4]), GREEDY)
+        found = trace(model, grid, 4, GREEDY, LETTERS)
+        cell = found["cells"][0]
+        assert ("gate" in cell) == bool(model.config.n_bits)
+        assert ("predicted_loss" in cell) == bool(model.config.observer)
+        assert visible_text(found) == "abcd"
+        assert not any(c["own"] for c in found["cells"] + [found["last"]]), "it only read"
+
+
+def test_what_recall_sees_is_what_train_reads(tiny):
+    model = tiny(recall=True, revise=True)
+    grid = grid_of([[0, 6, 1, 7, 9, 2, 9, 3, 4]])
+    loss = train.read(model, grid, 2).loss[grid.present]
+    how = Thinking(greedy=True, max_run=2, window=2)
+    cells = trace(model, grid, 5, how, LETTERS)["cells"]
+    assert [cell["loss"] for cell in cells] == pytest.approx(loss.tolist(), abs=1e-3)
+    texts = " ".join(cell["text"] for cell in cells)
+    assert texts == "a [1] b [2] [recall] c [recall] d"
 
 
 def test_a_character_in_two_tokens_is_shown_once():
     vocabulary = Vocabulary({"vocab": ["?", "?", "a"]})
     vocabulary.pieces = [b"\xc3", b"\xa9", b"a"]
-    assert shown([2, 0, 3, 1, 2], vocabulary) == ["a", "", "[0]", "é", "a"]
-    assert shown([2, 0], vocabulary) == ["a", "\ufffd"]
-    assert shown([2, 4, 3], vocabulary, recall=4) == ["a", "[recall]", "[0]"]
-
-
-@pytest.mark.parametrize("max_run", [1, 2])
-def test_the_line_about_an_answer_comes_from_columns_that_had_not_seen_it(tiny, max_run):
-    model = tiny(observer="quarters")
-    roll = answer(model, max_run=max_run)
-    thinks = roll.thinks[0].tolist()
-    columns = [c for c in range(len(thinks)) if not thinks[c] and roll.pointer[0, c] >= 3]
-    coming = [max(0.0, model(roll.stream[:, : c + 1]).readings[0, -1, 0].item()) for c in columns]  # of prefixes that end before the token
-    most = max(range(len(columns)), key=lambda i: coming[i])
-    runs = [len(list(run)) for thinks, run in groupby(thinks) if thinks]
-    line = introspect(model, roll, 0, 3, LETTERS)
-    token = LETTERS.decode([roll.real[0, 3 + most]])
-    assert line.startswith(f"sure {math.exp(-sum(coming) / 9):.2f} a token; hesitated most at {token!r} after ") and f"({coming[most]:.2f} nats" in line
-    assert f"; {sum(runs)} thoughts, longest before " in line and f" ({max(runs)}, gate " in line
-    assert line != introspect(model, answer(model, prompt=(4, 4)), 0, 2, LETTERS), "another answer, another line"
-    silent = generate(model, [[0, 1, 2]], 9, Thinking(mode="never", greedy=True))[1]
-    assert introspect(model, silent, 0, 3, LETTERS).endswith("did not think")
+    assert shown([2, 0, 3, 1, 2], vocabulary, 5) == ["a", "", "[0]", "é", "a"]
+    assert shown([2, 0], vocabulary, 5) == ["a", "\ufffd"]
+    assert shown([2, 4, 3], vocabulary, 4) == ["a", "[recall]", "[0]"]
 
 
 # ----------------------------------------------------------------------------------------------
 # the page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-HOSTILE = ["<script>owned = 1</script>", "</script>", "&amp;", "\"'`", "\n", "<!--", "<img src=x onerror='owned = 1'>", "\u2028 $x$ {TRACE_GOES_HERE}"]
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+QUIET += " --disable-background-networking --disable-component-update"
+HOSTILE = ["<script>owned = 1</script>", "</script>", "&amp;", "\"'`", "\n", "<!--"]
+HOSTILE += ["<img src=x onerror='owned = 1'>", "\u2028 $x$ {TRACE_GOES_HERE}"]
 
 
 @pytest.fixture
 def browse(tmp_path):
-    """(page, script, hash) -> what the script, run at the page's end, left in `result`. Fails on anything the browser complains about."""
+    """
+    (page, script, hash) -> what the script, run at the page's end, left in `result`. Fails on
+    anything that the browser complains about.
+    """
     if not CHROMIUM:
-        pytest.skip("there is no chromium, chromium-browser or google-chrome on PATH to read the page with")
+        pytest.skip(f"there is none of {', '.join(NAMES)} on PATH to read the page with")
 
-    def run(html: str, script: str, hash: str = ""):
-        ask = f"<script>let result\n{script}\nmake('pre', document.body, JSON.stringify(result)).id = 'result'</script>"
-        (tmp_path / "copy.html").write_text(html.replace("</body>", ask + "</body>"), encoding="utf-8")
-        address = (tmp_path / "copy.html").as_uri() + hash
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        done = subprocess.run([CHROMIUM, *QUIET.split(), profile, "--enable-logging=stderr", "--dump-dom", address], capture_output=True, text=True, timeout=120)
+    def read(html: str, script: str, hash: str = ""):
+        ask = "make('pre', document.body, JSON.stringify(result)).id = 'result'"
+        ask = f"<script>let result\n{script}\n{ask}</script>"
+        copy = tmp_path / "copy.html"
+        copy.write_text(html.replace("</body>", ask + "</body>"), encoding="utf-8")
+        command = [CHROMIUM, *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+        command += ["--enable-logging=stderr", "--dump-dom", copy.as_uri() + hash]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert "CONSOLE" not in done.stderr, done.stderr
         found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
         assert found, done.stdout[-2000:]
-        return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+        unescaped = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+        return json.loads(unescaped)
 
-    return run
+    return read
+
+
+def whole(*sequences, task="letters"):
+    return {"task": task, "run": "", "step": 0, "notes": [], "sequences": [*sequences]}
 
 
 @pytest.fixture
 def traced(tiny):
     model = tiny(observer="quarters")
-    return {"task": "letters", "run": "", "step": 0, "notes": [], "rows": [trace(model, answer(model), 3, LETTERS)]}
+    return whole(trace(model, *one(model), GREEDY, LETTERS))
 
 
-def visible_text(row) -> str:
-    return "".join(c["text"] for c in row["columns"] if not c["thought"]) + row["last"]["text"]
+def visible_text(sequence) -> str:
+    cells = [cell for cell in sequence["cells"] if not cell["thought"]]
+    return "".join(cell["text"] for cell in [*cells, sequence["last"]])
 
 
 def test_the_page_needs_nothing_but_itself(traced):
     html = page(traced)
-    assert not re.search(r"https?:|//[a-z]+\.|\bsrc\s*=|<link|@import|url\(|fetch\(", html) and "default-src 'none'" in html
+    assert not re.search(r"https?:|//[a-z]+\.|\bsrc\s*=|<link|@import|url\(|fetch\(", html)
+    assert "default-src 'none'" in html
+
+
+SHOWN = "result = [...sequences.querySelectorAll('.thought')]"
+SHOWN += ".filter(t => t.offsetParent).map(t => t.textContent)"
 
 
 def test_the_page_folds_thoughts_and_shows_what_would_have_been_said_without_them(traced, browse):
-    row, thoughts = traced["rows"][0], [c for c in traced["rows"][0]["columns"] if c["thought"]]
-    assert browse(page(traced), "result = rows.innerText.trim()") == visible_text(row)
-    look_at_thoughts = "result = [...rows.querySelectorAll('.thought')].filter(t => t.offsetParent).map(t => t.textContent)"
-    assert browse(page(traced), look_at_thoughts) == []
-    said = [f"{c['text']}else “{c['without'][0]}” {math.floor(100 * c['without'][1] + 0.5)}%" for c in thoughts]
-    assert browse(page(traced), "show_thoughts.click()\n" + look_at_thoughts) == said == browse(page(traced), look_at_thoughts, "#thoughts")
+    sequence, html = traced["sequences"][0], page(traced)
+    assert browse(html, "result = sequences.innerText.trim()") == visible_text(sequence)
+    assert browse(html, SHOWN) == []
+    said = []
+    for cell in sequence["cells"]:
+        if cell["thought"]:
+            name, p = cell["without"]
+            said.append(f"{cell['text']}else “{name}” {math.floor(100 * p + 0.5)}%")
+    assert browse(html, "show_thoughts.click()\n" + SHOWN) == said
+    assert browse(html, SHOWN, "#thoughts") == said
 
 
 def test_the_colours_follow_the_choice_and_so_do_the_numbers(traced, browse):
-    script = "result = radios.map(r => { r.click(); return [...rows.querySelectorAll('.token')].map(t => [getComputedStyle(t).backgroundColor, t.dataset.number]) })"
-    coming, loss, gate = browse(page(traced), script)
-    assert all(a != b for a, b in ((coming, loss), (loss, gate), (gate, coming)))
-    tokens = traced["rows"][0]["columns"]
-    spoken = [c for c, behind in zip(tokens, tokens[1:]) if not behind["thought"]] + tokens[-1:]
-    assert [n for _, n in loss if n != "–"] == [f"{c['loss']:.2f}" for c in spoken], "each token shows what the column that said it lost"
+    script = """result = radios.map(r => { r.click(); return [...sequences.querySelectorAll('.token')]
+    .map(t => [getComputedStyle(t).backgroundColor, t.dataset.number]) })"""
+    predicted, loss, gate = browse(page(traced), script)
+    assert predicted != loss != gate != predicted
+    cells = traced["sequences"][0]["cells"]
+    emitters = [c for c, behind in zip(cells, cells[1:]) if not behind["thought"]] + cells[-1:]
+    numbers = [number for _, number in loss if number != "–"]
+    assert numbers == [f"{c['loss']:.2f}" for c in emitters], "of the cell that emitted the token"
 
 
 def test_the_keyboard_moves_from_token_to_token_and_each_tells_its_numbers(traced, browse):
-    press = "const press = key => document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}))\n"
-    where = "[...shown.keys()].filter(t => t.offsetParent).indexOf(document.activeElement)"
-    script = f"rows.querySelector('.token').focus(); result = [{where}]; for (const key of ['ArrowRight', 'ArrowRight', 'ArrowLeft', 'End']) {{ press(key); result.push({where}) }}"
-    last = len(visible_text(traced["rows"][0])) - 1
-    assert browse(page(traced), press + script) == [0, 1, 2, 1, last]
-    told = browse(page(traced), "[...shown.keys()].at(-1).click()\nresult = [panel.innerText, document.activeElement.tabIndex, getComputedStyle(document.activeElement).outlineStyle]")
-    column = traced["rows"][0]["columns"][-1]
-    assert f"{column['loss']:.2f} nats" in told[0] and all(words[0][0] in told[0] for words in (layer["words"] for layer in column["layers"]))
-    assert told[1] == 0 and told[2] in ("solid", "dashed"), "in the tab order, and marked: dashed where the window itself has no focus"
+    script = """
+    const where = () => [...shown.keys()].filter(t => t.offsetParent).indexOf(document.activeElement)
+    sequences.querySelector('.token').focus()
+    result = [where()]
+    for (const key of ['ArrowRight', 'ArrowRight', 'ArrowLeft', 'End']) {
+      document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}))
+      result.push(where())
+    }
+    [...shown.keys()].at(-1).click()
+    const style = getComputedStyle(document.activeElement)
+    result.push(panel.innerText, document.activeElement.tabIndex, style.outlineStyle)
+    [...shown.keys()].find(t => shown.get(t).thought).click()
+    result.push(panel.innerText)"""
+    script = script.replace("\n    [", "\n    ;[")
+    *places, told, order, outline, thought = browse(page(traced), script, "#thoughts")
+    count = len(traced["sequences"][0]["cells"])
+    assert places == [0, 1, 2, 1, count]
+    cell = traced["sequences"][0]["cells"][-1]
+    assert f"{cell['loss']:.2f} nats" in told
+    assert all(layer["tokens"][0][0] in told for layer in cell["layers"])
+    assert order == 0 and outline in ("solid", "dashed")  # dashed where the window has no focus
+    cell = next(cell for cell in traced["sequences"][0]["cells"] if cell["thought"])
+    assert f"without it: “{cell['without'][0]}”" in thought and "The gate gave" in thought
 
 
 def test_hostile_text_is_shown_and_never_run(tiny, browse, tmp_path):
     vocabulary = Vocabulary({"vocab": HOSTILE})
     model = tiny(vocab_size=len(HOSTILE), observer="quarters")
-    ids = torch.arange(len(HOSTILE))[None]
-    roll = rollout(model, ids, torch.tensor([8]), Thinking(greedy=True))
-    found = {"task": HOSTILE[0], "run": "", "step": 0, "notes": [HOSTILE[6]], "rows": [trace(model, roll, 8, vocabulary)]}
+    grid = train.rollout(model, torch.arange(8)[None], torch.tensor([8]), GREEDY)
+    found = whole(trace(model, grid, 8, GREEDY, vocabulary), task=HOSTILE[0])
+    found["notes"].append(HOSTILE[6])
     draw(found, tmp_path / "trace.png")  # a $ starts no formula
-    script = "for (const t of shown.keys()) t.click()\nresult = [typeof owned, [...shown].filter(([t, x]) => !x.thought).map(([t]) => t.textContent).join(''), document.images.length]"
+    script = """for (const t of shown.keys()) t.click()
+    const texts = [...shown].filter(([t, x]) => !x.thought).map(([t]) => t.textContent)
+    result = [typeof owned, texts.join(''), document.images.length]"""
     assert browse(page(found), script, "#thoughts") == ["undefined", "".join(HOSTILE), 0]
 
 
@@ -232,28 +281,49 @@ def test_hostile_text_is_shown_and_never_run(tiny, browse, tmp_path):
 # as a person runs it
 
 
-def test_observe_and_introspect_as_a_person_runs_them(chains, tmp_path):
-    common = [f"--data={chains}", "--n_layer=1", "--n_embd=16", "--n_head=2", "--batch_tokens=64", "--device=cpu", "--report=false", "--steps=2"]
-    plain, watched, out = tmp_path / "plain", tmp_path / "watched", tmp_path / "trace"
-    call("train.py", *common, "--n_bits=0", f"--out={plain}", check=True)
-    call("train.py", *common, "--n_bits=2", "--observer=quarters", f"--out={watched}", check=True)
-    call("observe.py", f"--run={watched}", f"--out={out}", "1+2=", "2*2*2=", check=True)
-    found = json.loads((out / "trace.json").read_text())
-    assert len(found["rows"]) == 2 and found["notes"] and (out / "trace.png").stat().st_size > 1000 and "TRACE_GOES_HERE" not in (out / "trace.html").read_text()
-    text = tmp_path / "rows.txt"
-    text.write_text("1+2=0\n2*2=1\n")
-    call("observe.py", f"--run={plain}", f"--out={out}", f"--input={text}", check=True)
-    rows = json.loads((out / "trace.json").read_text())["rows"]
-    assert [visible_text(row) for row in rows] == ["1+2=0", "2*2=1"] and "gate" not in rows[0]["columns"][0]
-    lines = call("sample.py", f"--run={watched}", "--introspect", "1+2=", "2*2*2=", check=True).stdout.splitlines()
-    assert lines[0].startswith("1+2=") and re.match("  sure|  said nothing", lines[1]) and lines[2].startswith("2*2*2=")
+@pytest.fixture(scope="module")
+def runs(chains, tmp_path_factory):
+    """-> folders of a plain model and of one with an observer."""
+    folders = []
+    for kind in ({"n_bits": 0}, {"observer": "quarters", "n_layer": 2}):
+        folders.append(tmp_path_factory.mktemp("run"))
+        trainer = train.Trainer(small(chains, folders[-1], **kind))
+        train.save_checkpoint(folders[-1] / "checkpoint.pt", trainer.state())
+    return folders
 
-    assert "no observer" in refused("sample.py", f"--run={plain}", "--introspect", "1+2=")
-    assert "no observer" in refused("sample.py", f"--run={plain}", "--price=0.1", "1+2=")
-    assert "either prompts or --input" in refused("observe.py", f"--run={watched}") and "either" in refused("observe.py", f"--run={watched}", f"--input={text}", "1+2=")
-    assert "cannot read" in refused("observe.py", f"--run={watched}", "--input=nowhere.txt")
-    assert "cannot write" in refused("observe.py", f"--run={watched}", f"--out={text}", "1+2=")
-    assert "two tokens" in refused("observe.py", f"--run={watched}", "--teach", "1")
-    assert "'7'" in refused("observe.py", f"--run={watched}", "7")
-    assert "no checkpoint" in refused("observe.py", f"--run={tmp_path / 'nowhere'}", "1+2=")
-    assert "'teach'" in refused("observe.py", "--teech=true", "1+2=")
+
+def test_observe_as_a_person_runs_it(runs, tmp_path):
+    plain, watched = runs
+    out, text = tmp_path / "trace", tmp_path / "rows.txt"
+    call("lab/observe.py", f"--run={watched}", f"--out={out}", "1+2=", "2*2*2=", check=True)
+    found = json.loads((out / "trace.json").read_text())
+    assert len(found["sequences"]) == 2 and "has learned nothing yet" in found["notes"][0]
+    assert (out / "trace.png").read_bytes().startswith(b"\x89PNG")
+    assert "TRACE_GOES_HERE" not in (out / "trace.html").read_text()
+    text.write_text("1+2=0\n2*2=1\n")
+    observe.main([f"--run={plain}", f"--out={out}", f"--input={text}"])
+    found = json.loads((out / "trace.json").read_text())
+    assert [visible_text(sequence) for sequence in found["sequences"]] == ["1+2=0", "2*2=1"]
+    assert "gate" not in found["sequences"][0]["cells"][0] and not found["notes"]
+
+
+REFUSED = {
+    "": "either prompts or --input",
+    "1+2= --input={text}": "either prompts or --input",
+    "--input=nowhere.txt": "cannot read",
+    "--input={empty}": "no text",
+    "--out={text} 1+2=": "cannot write",
+    "--teach 1": "two tokens",
+    "7": "'7'",
+    "--run=nowhere 1+2=": "no checkpoint",
+    "--teech=true 1+2=": "'teach'",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_cannot_be_observed_is_refused_in_a_sentence(runs, tmp_path, arguments):
+    text, empty = tmp_path / "rows.txt", tmp_path / "empty.txt"
+    text.write_text("1+2=0\n")
+    empty.write_text("\n")
+    with pytest.raises(DataError, match=REFUSED[arguments]):
+        observe.main([f"--run={runs[1]}", *arguments.format(text=text, empty=empty).split()])

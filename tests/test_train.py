@@ -13,7 +13,7 @@ import torch
 from conftest import AUTOMATA, ROOT, prepare, same, small
 
 import train
-from data.dataset import DataError
+from data.dataset import DataError, write_rows
 from model import GPT, Thinking, generate
 from train import CLIP, FINAL_LR, WARM_STEPS, Config, Trainer, evaluate, schedule
 
@@ -42,7 +42,8 @@ def test_matrices_decay_and_gates_and_observer_have_a_learning_rate_of_their_own
     trainer = Trainer(small(chains, tmp_path, **EVERYTHING, **rates))
     groups = {}
     for name, parameter in trainer.model.named_parameters():
-        owners = [g for g in trainer.optimiser.param_groups if any(parameter is p for p in g["params"])]
+        owners = trainer.optimiser.param_groups
+        owners = [g for g in owners if any(parameter is p for p in g["params"])]
         groups[name] = [(g["peak_lr"], g["weight_decay"]) for g in owners]
     assert groups.pop("blocks.0.attention.qkv.weight") == [(1e-3, 0.3)]
     assert groups.pop("blocks.0.attention.qkv.bias") == [(1e-3, 0.0)]
@@ -87,7 +88,7 @@ def test_the_gate_explores_in_training_and_only_there(chains, tmp_path):
     trainer = Trainer(small(chains, tmp_path, explore=0.3, batch_tokens=2000))
     trainer.paid = True
     with torch.no_grad():
-        trainer.model.gate.bias.fill_(-100.0)
+        trainer.model.gate.out.bias.fill_(-100.0)
     assert 0.2 < trainer.train_step()["thoughts_per_token"] < 0.4
     grid, *_ = evaluate(trainer.model, trainer.rows.first(50, 3), trainer.thinking)
     assert not grid.thinks.any()
@@ -112,7 +113,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     """Levels come at steps 4 and 8, the stop lies in between, and from step 12 thoughts cost."""
     for name, value in {"POOL": 1, "MASTERED": 2.0, "NEARLY": -1.0, "PATIENCE": 3}.items():
         monkeypatch.setattr(train, name, value)
-    config = small(chains, tmp_path, **changes)
+    config = small(chains, tmp_path, eval_rows=3, **changes)
     whole = Trainer(config)
     for _ in range(14):
         whole.train_step()
@@ -189,7 +190,7 @@ def test_a_checkpoint_write_killed_midway_leaves_the_old_one_readable(tmp_path, 
     monkeypatch.setattr(train.torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         train.save_checkpoint(path, {"step": 2})
-    assert train.load_checkpoint(tmp_path) == {"step": 1}
+    assert torch.load(path, weights_only=True) == {"step": 1}
 
 
 class Trap:
@@ -259,15 +260,12 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(chains, tmp_path, monkey
 
 
 def test_a_config_file_that_is_no_config_is_refused_in_a_sentence(tmp_path, monkeypatch):
-    # BUG in options.load_config: a file that is not text raises UnicodeDecodeError. See the report.
     for text, said in {b"steps": "is not TOML", b"setps = 3": "'steps'", b"\xff": "is not"}.items():
         (tmp_path / "bad.toml").write_bytes(text)
         assert said in refused(monkeypatch, tmp_path / "bad.toml")
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(chains, finished, tmp_path, monkeypatch):
-    # BUG in Trainer.load_state and new_model: a checkpoint of another program raises KeyError. See
-    # the report.
     argv = arguments(small(chains, tmp_path, resume=True))
     whole = (finished / "checkpoint.pt").read_bytes()
     (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
@@ -290,9 +288,13 @@ def test_a_checkpoint_of_other_data_or_another_shape_is_refused(
 
 
 def test_more_demonstrated_thoughts_than_the_model_holds_are_refused(tmp_path, monkeypatch):
-    prepare(tmp_path, "--demonstrate", "--modulus=5", "--levels=2", "--rows=200")
-    argv = arguments(small(tmp_path, tmp_path / "out", n_bits=2))
-    assert "5 thoughts, up to 1 in a row: more than n_bits = 2" in refused(monkeypatch, *argv)
+    meta = {"task": "copy", "vocab": list("abc=\n"), "row_end": "\n", "answer_after": "="}
+    rows = [("a<think>ab</think>=a", 1), ("b<think>c</think>=b", 1)]
+    write_rows(tmp_path, meta, {"train": rows, "val": rows})
+    for few in ({"n_bits": 1, "max_run": 2}, {"n_bits": 2, "max_run": 1}):
+        argv = arguments(small(tmp_path, tmp_path / "out", **few))
+        assert "3 thoughts, up to 2 in a row: more than" in refused(monkeypatch, *argv)
+    Trainer(small(tmp_path, tmp_path / "out", n_bits=2, max_run=2)).train_step()
 
 
 def test_help_lists_every_option_with_its_default(capsys):
@@ -317,14 +319,25 @@ def test_every_config_in_the_repository_is_one(monkeypatch):
 
 
 SCRIPT = """
-import runpy, sys
-sys.argv = ["prepare.py", "--out={folder}", "--modulus=3", "--levels=2", "--rows=200"]
-runpy.run_path("{root}/data/arithmetic/prepare.py", run_name="__main__")
+import sys
+sys.path.insert(0, "{root}")
+from pathlib import Path
+from data.dataset import write_rows
+meta = {{"task": "copy", "vocab": list("ab=\\n"), "row_end": "\\n", "answer_after": "="}}
+rows = [(f"{{x}}={{x}}", 1) for x in ("a", "b", "ab", "ba")] * 20
+write_rows(Path("{folder}"), meta, {{"train": rows, "val": rows}})
 """
 
 
+def unmade(folder):
+    """A folder that holds nothing but the script that makes its data."""
+    folder.mkdir(exist_ok=True)
+    (folder / "prepare.py").write_text(SCRIPT.format(folder=folder, root=ROOT))
+    return folder
+
+
 def test_data_are_made_when_they_are_first_needed(tmp_path, capfd):
-    (tmp_path / "prepare.py").write_text(SCRIPT.format(folder=tmp_path, root=ROOT))
+    unmade(tmp_path)
     for said in (True, False):
         Trainer(small(tmp_path, tmp_path / "out"))
         assert ("holds no data yet" in capfd.readouterr().out) == said
@@ -359,21 +372,20 @@ torch.save({"state": state, "gradient": seen["gradient"]}, f"{sys.argv[1]}/{trai
 """
 
 
-def test_two_processes_average_their_gradients_and_end_with_the_same_weights(
-    chains, tmp_path, monkeypatch
-):
+def test_two_processes_average_their_gradients_and_end_with_the_same_weights(tmp_path, monkeypatch):
     (tmp_path / "two.py").write_text(TWO)
-    config = small(chains, tmp_path / "out", steps=4, curriculum=False, warm_up=0.5, observer="0")
+    phases = {"steps": 12, "curriculum": False, "warm_up": 0.5}
+    config = small(unmade(tmp_path / "data"), tmp_path / "out", observer="0", **phases)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [tmp_path / "two.py", tmp_path, *arguments(config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, check=False, timeout=300, **how)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert same(first, second) and first["state"]["progress"]["paid"]
-    assert done.stdout.count("trained in") == done.stdout.count("parameters") == 1, "one speaks"
+    once = ("holds no data yet", "parameters", "trained in")
+    assert [done.stdout.count(said) for said in once] == [1, 1, 1], "one makes data and speaks"
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 1, "and writes"
 
     gradients = []
@@ -398,8 +410,8 @@ def test_two_processes_average_their_gradients_and_end_with_the_same_weights(
 
 @pytest.mark.parametrize("changes", [{}, {"recall": True, "max_run": 2, "window": 3}])
 def test_an_answer_is_right_if_generate_says_it(chains, tmp_path, changes):
-    trainer = Trainer(small(chains, tmp_path, lr=1e-2, **changes))
-    for _ in range(20):
+    trainer = Trainer(small(chains, tmp_path, lr=1e-2, steps=60, **changes))
+    for _ in range(60):
         trainer.train_step()
     batch, right = trainer.val_rows.first(30, 3), []
     thinking = dataclasses.replace(trainer.thinking, greedy=True, force=None, force_recall=None)
