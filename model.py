@@ -573,8 +573,8 @@ def generate(
     `watch` is called with what happened, "token", "think", "recall" or "revise", and an id.
     At most `revisions` tokens are taken back. Raises ValueError for an empty prompt.
     """
-    if not prompt:
-        raise ValueError("a prompt holds at least one token")
+    if not prompt or new_tokens < 1:
+        raise ValueError("a prompt and its answer hold at least one token each")
     config, device = model.config, model.embedding.weight.device
     V, RECALL = config.vocab_size, config.vocab_size + config.n_think
     max_run, after = thinking.runs(config), thinking.after

@@ -258,7 +258,7 @@ def read(
     for start in range(0, width, CHUNK):
         columns = slice(start, start + CHUNK)
         out = model(x[:, columns], cells.part(columns), cache, window)
-        cache = out.cache if config.recall else out.cache.last(window)
+        cache = out.cache if config.recall else out.cache.last(window * (1 + config.revise))
         parts.append(out[:5])
     logits, thoughts, gate, recall, readings = (torch.cat(part, dim=1) for part in zip(*parts))
     target = pick(target)

@@ -306,7 +306,7 @@ def draw(trace: dict, path: Path) -> None:
 
 
 def page(trace: dict) -> str:
-    """observe.html with the trace in it, nothing to fetch. `<` is escaped: no token ends a script."""
+    """observe.html with the trace in it. `<` is escaped, so that no token ends the script."""
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     data = json.dumps(trace, allow_nan=False).replace("<", "\\u003c")
     return template.replace("TRACE_GOES_HERE", data)

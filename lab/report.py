@@ -66,7 +66,7 @@ def accuracy(model: GPT, splits: list[Rows], thinking: Thinking, rows: int) -> d
 
 
 def nats(model: GPT, text: Text, thinking: Thinking, vocabulary: Vocabulary) -> dict:
-    """-> nats a token and half the width of its interval, bits a byte, thoughts a token, windows."""
+    """-> nats a token, half the width of its interval, bits a byte, thoughts a token, windows."""
     batch = text.first(TEXT_WINDOWS, text.block).to(model.head.weight.device)
     generator, losses, thoughts = torch.Generator(batch.real.device).manual_seed(0), [], 0
     for i in range(0, len(batch.real), PART):
@@ -269,7 +269,7 @@ def draw_meaning(found: dict, axis) -> None:
     counts = torch.tensor(found["counts"], dtype=torch.double)  # (X, Y)
     order = sorted(range(len(counts)), key=lambda i: (int(counts[i].argmax()), -counts[i].sum()))
     if order:
-        share = (counts / counts.sum(dim=0).clamp(min=1)).T[:, order]
+        share = (counts / counts.sum(dim=0).clamp(min=1)).T[:, order].numpy()
         axis.imshow(share, aspect="auto", cmap="Blues", vmin=0, vmax=1)
     some = range(0, len(order), max(1, math.ceil(len(order) / NAMED)))
     axis.set_xticks(some, [found["thoughts"][order[i]] for i in some], rotation=90)

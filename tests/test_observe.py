@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 
 import pytest
 import torch
@@ -144,6 +145,20 @@ def test_what_recall_sees_is_what_train_reads(tiny):
     assert texts == "a [1] b [2] [recall] c [recall] d"
 
 
+def test_of_a_long_text_the_beginning_is_read_through_the_window_of_training(tiny, monkeypatch):
+    monkeypatch.setattr(observe, "LONGEST", 12)
+    model, progress = tiny(), {"paid": True, "step": 7}
+    state = {"config": {"block": 2, "max_run": 2}, "meta": {"task": "abc"}, "progress": progress}
+    config = observe.ObserveConfig(input="some file")
+    found = observe.make_trace(["abcd" * 5, "ab"], config, model, LETTERS, state)
+    assert found["task"] == "abc" and found["step"] == 7 and "20 tokens" in found["notes"][0]
+    assert [visible_text(sequence) for sequence in found["sequences"]] == ["abcd" * 3, "ab"]
+    thinking = Thinking(greedy=True, max_run=2, window=6)
+    ids = torch.tensor([[0, 1, 2, 3] * 3])
+    grid = train.rollout(model, ids, torch.tensor([12]), thinking)
+    assert found["sequences"][0] == trace(model, grid, 12, thinking, LETTERS)
+
+
 def test_a_character_in_two_tokens_is_shown_once():
     vocabulary = Vocabulary({"vocab": ["?", "?", "a"]})
     vocabulary.pieces = [b"\xc3", b"\xa9", b"a"]
@@ -228,31 +243,33 @@ def test_the_page_folds_thoughts_and_shows_what_would_have_been_said_without_the
 
 
 def test_the_colours_follow_the_choice_and_so_do_the_numbers(traced, browse):
-    script = """result = radios.map(r => { r.click(); return [...sequences.querySelectorAll('.token')]
-    .map(t => [getComputedStyle(t).backgroundColor, t.dataset.number]) })"""
+    script = """result = radios.map(radio => {
+      radio.click()
+      const tokens = [...sequences.querySelectorAll('.token')]
+      return tokens.map(t => [getComputedStyle(t).backgroundColor, t.dataset.number])
+    })"""
     predicted, loss, gate = browse(page(traced), script)
     assert predicted != loss != gate != predicted
     cells = traced["sequences"][0]["cells"]
-    emitters = [c for c, behind in zip(cells, cells[1:]) if not behind["thought"]] + cells[-1:]
+    emitters = [c for c, behind in pairwise(cells) if not behind["thought"]] + cells[-1:]
     numbers = [number for _, number in loss if number != "–"]
     assert numbers == [f"{c['loss']:.2f}" for c in emitters], "of the cell that emitted the token"
 
 
 def test_the_keyboard_moves_from_token_to_token_and_each_tells_its_numbers(traced, browse):
     script = """
-    const where = () => [...shown.keys()].filter(t => t.offsetParent).indexOf(document.activeElement)
+    const spans = [...shown.keys()], where = () => spans.indexOf(document.activeElement)
     sequences.querySelector('.token').focus()
     result = [where()]
     for (const key of ['ArrowRight', 'ArrowRight', 'ArrowLeft', 'End']) {
       document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true}))
       result.push(where())
     }
-    [...shown.keys()].at(-1).click()
+    spans.at(-1).click()
     const style = getComputedStyle(document.activeElement)
     result.push(panel.innerText, document.activeElement.tabIndex, style.outlineStyle)
-    [...shown.keys()].find(t => shown.get(t).thought).click()
+    spans.find(t => shown.get(t).thought).click()
     result.push(panel.innerText)"""
-    script = script.replace("\n    [", "\n    ;[")
     *places, told, order, outline, thought = browse(page(traced), script, "#thoughts")
     count = len(traced["sequences"][0]["cells"])
     assert places == [0, 1, 2, 1, count]

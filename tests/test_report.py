@@ -100,12 +100,12 @@ def test_accuracy_counts_the_answers_that_generate_gives(tiny, chains, monkeypat
     vocabulary = train.load_vocabulary(train.load_meta(chains))
     model = tiny(vocab_size=len(vocabulary.tokens))
     splits = [load_split(chains, name, vocabulary, 1) for name in ("val", "test")]
+    splits[1].levels = [12, 16]
     monkeypatch.setattr(report, "LONGEST", 12)
     thinking = replace(GREEDY, window=window, **how)
     found = report.accuracy(model, splits, thinking, 12)
-    levels = splits[0].levels + splits[1].levels
-    tried = levels if window else [level for level in levels if level <= 12]
-    assert [*found["accuracy"]] == tried and tried != splits[0].levels
+    tried = [1, 2, 3, 12, 16] if window else [1, 2, 3, 12]
+    assert [*found["accuracy"]] == tried == [*found["thoughts_per_row"]]
     for level in splits[0].levels:
         batch, right, thoughts = splits[0].first(12, level), 0, []
         for row, prompt in zip(batch.real.tolist(), batch.prompt.tolist()):
@@ -223,3 +223,8 @@ def test_the_report_of_a_text_is_in_nats(verses, capsys):
     assert 0 < rate < 2 and modes["never"]["thoughts_per_token"] == 0
     assert modes["scattered"]["thoughts_per_token"] == pytest.approx(rate, rel=0.15)
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(modes) + 1 + 1
+    model, vocabulary, state = train.load_model(verses)
+    constant = replace(train.as_trained(state, vocabulary), mode="constant")
+    constant.constant = found["constant_thought"]
+    text = load_split(verses, "val", vocabulary, 12)
+    assert modes["constant"] == report.nats(model, text, constant, vocabulary)

@@ -107,6 +107,16 @@ def test_a_token_that_is_taken_back_never_shows_unless_asked_for(checkpoint, say
     assert "[not " not in say(run, "--show_thoughts", "--revisions=0", PROMPTS[0])[0]
 
 
+def test_what_happened_is_printed_and_kept_by_hand(capsys):
+    transcript = sample.Transcript(sample.Vocabulary(CHAINS), show_thoughts=True)
+    happened = [("token", 3), ("think", 12), ("token", 1), ("revise", 1), ("token", 2)]
+    for event in [*happened, ("revise", 2), ("token", 4), ("recall", 14), ("token", 9)]:
+        transcript.watch(*event)
+    transcript.print(transcript.held)
+    assert capsys.readouterr().out == "3[2][not 1][not 2]4[recall]"
+    assert transcript.cells == [[3, 12], [4, 14], [9]]
+
+
 def test_recall_is_shown_and_can_be_forced_and_forbidden(checkpoint, say):
     run = checkpoint(recall=True)
     show = ("--show_thoughts", PROMPTS[0])
