@@ -20,6 +20,7 @@ Glossary, beside model.py's
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,32 +112,36 @@ class Grid(NamedTuple):
         return self.present & F.pad(self.present[:, :, 1:-2], (0, 3))
 
     @property
-    def emits(self) -> Tensor:  # (B, T, S) this cell says the next token
-        no_wrong = torch.cat([self.present[:, :, :-1], self.present[:, :, -1:] & False], dim=2)
-        return no_wrong & ~self.thinks & ~self.recalls
+    def recalls(self) -> Tensor:  # (B, T, S) RECALL follows this cell
+        return without_last(self.present & ~self.thinks & self.present[:, :, -2:-1], 2)
 
     @property
-    def recalls(self) -> Tensor:  # (B, T, S) RECALL follows this cell
-        last = self.present & ~self.thinks & self.present[:, :, -2:-1]
-        return torch.cat([last[:, :, :-2], last[:, :, -2:] & False], dim=2)
+    def emits(self) -> Tensor:  # (B, T, S) this cell says the next token
+        return without_last(self.present, 1) & ~self.thinks & ~self.recalls
 
     @property
     def position(self) -> Tensor:
         """(B, T, S) in the stream. RECALL and a wrong token stand where the next cell will."""
-        lasting = self.present.clone()
-        lasting[:, :, -2:] = False
-        return (lasting.flatten(1).cumsum(dim=1) - lasting.flatten(1).long()).view_as(lasting)
+        lasting = without_last(self.present, 2).flatten(1).long()
+        return (lasting.cumsum(dim=1) - lasting).view_as(self.present)
 
     @property
     def target(self) -> Tensor:  # (B, T, S) ids to be predicted, wrong tokens excepted
         real = self.token[:, :, 0]
         return F.pad(real[:, 1:], (0, 1))[:, :, None].expand_as(self.token)
 
+    def next_thought(self, V: int) -> Tensor:  # (B, T, S) its number where a cell thinks, else 0
+        return (self.token.roll(-1, dims=2) - V) * self.thinks
+
+
+def without_last(cells: Tensor, count: int) -> Tensor:
+    """(B, T, S) bool -> the same, False in the last slots: 1 a wrong token, 2 RECALL, 3 no gate."""
+    return F.pad(cells[:, :, :-count], (0, count))
+
 
 def may_think(grid: Grid, thinking: Thinking) -> Tensor:
     """-> (B, T, S): the gate is asked here."""
-    asked = grid.present.clone()
-    asked[:, :, -3:] = False  # the last thought of a run, RECALL, a wrong token
+    asked = without_last(grid.present, 3)  # nor behind the last thought of a run
     if thinking.after is not None:
         asked[:, :, 0] &= thinking.after[grid.token[:, :, 0]]
     return asked
@@ -173,7 +177,7 @@ def rollout(
             cells = Cells(count + here.cumsum(dim=1) - 1, seen=here)
             out = model(ids, cells, cache, thinking.window)
             count = count + here.sum(dim=1, keepdim=True)
-            cache = out.cache if recall else out.cache.last(thinking.window * (1 + R))
+            cache = out.cache.last(thinking.window * (1 + R))
             thinks = present[:, t, run] & (run < R)
             if run == 0 and thinking.after is not None:
                 thinks = thinks & thinking.after[real[:, t]]
@@ -189,10 +193,10 @@ def rollout(
             if recall:
                 looks = decide(out.recall[:, -1], thinking.force_recall, thinking, generator)
                 present[:, t, -2] |= present[:, t, run] & ~thinks & looks
-            feed = [(t, run + 1)]
             if not thinks.any():
                 feed = []
                 break
+            feed = [(t, run + 1)]
     return grid
 
 
@@ -238,19 +242,16 @@ def read(
         empty = x.new_zeros(B * T * S, *x.shape[2:])
         return empty.index_copy(0, order.flatten(), x.flatten(0, 1)).unflatten(0, (B, T, S))
 
-    token, target, lasting = grid.token, grid.target, used
-    if config.recall or config.revise:  # cells that nobody sees
-        lasting = used.clone()
-        lasting[:, :, -2:] = False
+    target = grid.target
     if config.revise:
         target = target.clone()
         target[:, :, -1] = config.vocab_size
     cells = Cells(pick(grid.position), None if segment is None else pick(segment))
-    if config.recall or config.revise:
+    if config.recall or config.revise:  # nobody sees those cells, and RECALL sees everything
         opens = torch.zeros_like(used)
         opens[:, :, -2] = True
-        cells = cells._replace(seen=pick(lasting), sees_all=pick(opens))
-    x = model.embed(pick(token))  # (B, W, D)
+        cells = cells._replace(seen=pick(without_last(used, 2)), sees_all=pick(opens))
+    x = model.embed(pick(grid.token))  # (B, W, D)
     if h is not None:
         before = F.pad(h[:, :, :-1], (0, 0, 1, 0))  # a thought stands one slot behind its numbers
         x = x + model.thoughts.echo(pick(before)) * pick(echoes)[..., None]
@@ -293,9 +294,6 @@ def draw_cut(grid: Grid, batch: Batch, share: float, late: float = CUT_LATE) -> 
     A text is all prompt, and every token counts: there each place of a sequence is a cut.
     """
     (B, T, S), device = grid.token.shape, grid.token.device
-    if S == 3:  # no slot for a thought
-        whole = torch.zeros_like(grid.token)
-        return Cut(grid, grid.present, whole, whole[:, 0, 0])
     t = torch.arange(T, device=device)
     places = grid.present[:, :, 1] & (t + 1 < batch.prompt[:, None])  # (B, T)
     behind = places.flip(1).cumsum(dim=1).flip(1) - 1  # (B, T) places behind each place
@@ -308,8 +306,7 @@ def draw_cut(grid: Grid, batch: Batch, share: float, late: float = CUT_LATE) -> 
     first = torch.where(is_late, behind == depth, F.one_hot(anywhere, T).bool()) | is_text
     first = first & places & is_cut  # (B, T)
     since = first.cumsum(dim=1)  # (B, T) cuts so far
-    present = grid.present.clone()
-    present[:, :, -1] = False
+    present = without_last(grid.present, 1)
     hidden = is_late & (since > 0) & ~first
     present[:, :, 1:-2] &= ~hidden[:, :, None]
     segment = since[:, :, None].repeat(1, 1, S)
@@ -416,14 +413,14 @@ IMITATE = 0.01  # weight of imitation_loss
 
 def imitation_loss(model: GPT, kept: Pass, left: Grid) -> Tensor:
     """-log p, in the truncated pass, of the thoughts behind the cut, thought in full view."""
-    number = (left.token.roll(-1, dims=2) - model.config.vocab_size) * left.thinks
+    number = left.next_thought(model.config.vocab_size)
     return -mean(model.thoughts.log_probability(kept.thoughts, number), left.thinks)
 
 
 def demonstration_loss(model: GPT, out: Pass, grid: Grid, batch: Batch, asked: Tensor) -> Tensor:
     """-log p of what to think, and of when, where thoughts are demonstrated -> scalar, nats."""
     shown = batch.shown[:, None, None]
-    number = (grid.token.roll(-1, dims=2) - model.config.vocab_size) * grid.thinks
+    number = grid.next_thought(model.config.vocab_size)
     what = model.thoughts.log_probability(out.thoughts, number)
     when = log_choice(out.gate, grid.thinks, 0.0)
     return -mean(what, grid.thinks & shown) - mean(when, asked & shown)
@@ -489,8 +486,7 @@ def hybrid_loss(model, grid: Grid, batch: Batch, thinking: Thinking, config: Con
             asked_here = asked & ~shown
             terms["gate"] = gate_loss(out.gate, grid.thinks, asked_here, advantage, config.explore)
         if config.recall:
-            last = grid.recalls | grid.emits
-            last[:, :, -2:] = False
+            last = without_last(grid.recalls | grid.emits, 2)
             terms["recall"] = gate_loss(out.recall, grid.recalls, last, advantage, config.explore)
     if config.observer:
         present = grid.emits | grid.thinks | grid.recalls
@@ -758,11 +754,12 @@ class Trainer:
         others = [p for n, p in named if ".observer." not in n]
         self.clipped = [others, watching]  # apart: the size of one must not shrink the other
         self.curriculum = Curriculum(self.rows.count, config.curriculum)
+        self.free, self.priced = (how_to_think(config, self.vocabulary, p) for p in (False, True))
         self.step, self.seconds, self.paid = 0, 0.0, False
 
     @property
     def thinking(self) -> Thinking:
-        return how_to_think(self.config, self.vocabulary, self.paid)
+        return self.priced if self.paid else self.free
 
     def draw(self) -> Batch:
         """A batch of the levels in use; in the cost phase each sequence several times."""
@@ -780,14 +777,12 @@ class Trainer:
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
         forced = None
         if batch.thoughts.size(2):
-            forced = torch.where(batch.shown[:, None, None], batch.thoughts, LET)
-            forced = F.pad(forced, (0, c.max_run - forced.size(2)), value=-1)
-            forced[~batch.shown] = LET
+            forced = F.pad(batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=-1)
+            forced = torch.where(batch.shown[:, None, None], forced, LET)
         half = self.device == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(self.device, torch.bfloat16) if half else nullcontext():
             grid = rollout(self.model, batch.real, batch.length, thinking, forced=forced)
-            found = hybrid_loss(self.network, grid, batch, thinking, c, self.paid)
-        terms, right, expected = found
+            terms, right, expected = hybrid_loss(self.network, grid, batch, thinking, c, self.paid)
         self.update(sum(terms.values()))
         self.curriculum.grow(self.step, batch.level, right, expected)
         tokens = int(grid.emits.sum())
@@ -949,10 +944,10 @@ def prepare_out(trainer: Trainer) -> None:
         print(f"resumed {out} at step {trainer.step}")
     else:
         if (out / "checkpoint.pt").exists():
-            taken = Counter(path.name for path in out.glob("checkpoint.*.pt"))
-            number = next(n for n in range(1, 10**6) if f"checkpoint.{n}.pt" not in taken)
-            os.replace(out / "checkpoint.pt", out / f"checkpoint.{number}.pt")
-            print(f"{out} held a checkpoint: moved to checkpoint.{number}.pt")
+            numbered = (out / f"checkpoint.{n}.pt" for n in itertools.count(1))
+            aside = next(path for path in numbered if not path.exists())
+            os.replace(out / "checkpoint.pt", aside)
+            print(f"{out} held a checkpoint: moved to {aside.name}")
         metrics.unlink(missing_ok=True)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
@@ -971,8 +966,8 @@ def what_was_learned(trainer: Trainer) -> str:
 
 def main(argv: list[str]) -> None:
     config = load_config(argv, Config)
-    device = pick_device(config.device)
     if WORLD > 1:
+        device = pick_device(config.device)
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")

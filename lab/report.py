@@ -1,7 +1,7 @@
 """
 What a trained model can do, and whether its thoughts do it: report.json, report.png, a table.
 
-  python lab/report.py --run=out/chain --plain=out/plain        about a minute
+  python lab/report.py --run=out/chain --plain=out/plain        half a minute
 
 All numbers are of held-out data, answers and thoughts greedy. Modes: `policy` thinks as trained;
 `never` may not; `random`, `constant` (its most used thought) and `swapped` (what the next sequence
@@ -94,7 +94,7 @@ def most_used_thought(model: GPT, rows: Rows | Text, thinking: Thinking, count: 
     device = model.head.weight.device
     batch = rows.first(count, rows.levels[-1]).to(device)
     grid, _, _ = evaluate(model, batch, thinking, torch.Generator(device).manual_seed(0))
-    thoughts = grid.token.roll(-1, dims=2)[grid.thinks] - model.config.vocab_size
+    thoughts = grid.next_thought(model.config.vocab_size)[grid.thinks]
     return int(thoughts.mode().values) if len(thoughts) else 0
 
 
@@ -141,7 +141,7 @@ def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict)
     generator = torch.Generator(device).manual_seed(0)
     grid = rollout(model, real.to(device), length.to(device), thinking, generator)
     thinks = grid.thinks.cpu() & (label >= 0)[:, :, None]  # (B, T, S)
-    thoughts = grid.token.cpu().roll(-1, dims=2)[thinks] - model.config.vocab_size  # (N,)
+    thoughts = grid.next_thought(model.config.vocab_size).cpu()[thinks]  # (N,)
     labels = label[:, :, None].expand_as(thinks)[thinks]  # (N,)
     used, counts = joint_counts(thoughts, labels)
     counts = F.pad(counts, (0, len(values) - counts.size(1)))

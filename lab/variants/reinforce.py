@@ -50,7 +50,7 @@ def hybrid_loss(gpt, grid: train.Grid, batch, thinking, config: train.Config, pa
     returns = train.return_to_go(cost, cut.left, 0.0, config.horizon)
     advantage = returns - train.baseline(returns, cost, config.rollouts)
     seen = F.pad(cut.used[:, :, 1:-2], (0, 3))  # what follows this cell is a thought behind the cut
-    number = (grid.token.roll(-1, dims=2) - gpt.config.vocab_size) * seen
+    number = grid.next_thought(gpt.config.vocab_size)
     log_p = gpt.thoughts.log_probability(out.thoughts, number)
     terms["thoughts"] = -train.mean(advantage * log_p, seen)
     return terms, right, expected
