@@ -491,7 +491,7 @@ MODES = ("policy", "never", "random", "constant", "swapped")
 class Thinking:
     """How thoughts are made. All modes but `policy` take them, or what they say, away."""
 
-    mode: str = "policy"  # one of MODES; swapped: what the next sequence of the batch thinks
+    mode: str = "policy"  # one of MODES; swapped: what the sequence before it thinks
     max_run: int = 1  # thoughts in a row, at most
     force: float | None = None  # probability of runs of max_run thoughts; None: the gate is asked
     force_recall: float | None = None  # probability of RECALL; None: its gate is asked
@@ -564,14 +564,15 @@ def generate(
     """
     Continue a prompt by up to `new_tokens` real tokens, or to `stop` -> prompt and answer. At every
     cell one of four things happens, and only the last of them shows:
-      REVISE  if likelier than any token: back to where the last token was emitted; another instead
+      REVISE  if likelier than all tokens together: back to where the last one was emitted, and
+              another instead
       THINK   a thought is appended, at most max_run in a row
       RECALL  one cell looks at everything, and emits
       emit    the next token is appended
     The memory stack: for each token, what there was when it was emitted. Pushing costs a reference,
     since a cache is never changed. `instead`: thoughts to think in place of the model's own.
     `watch` is called with what happened, "token", "think", "recall" or "revise", and an id.
-    At most `revisions` tokens are taken back. Raises ValueError for an empty prompt.
+    At most `revisions` tokens are taken back. Raises ValueError for an empty prompt or answer.
     """
     if not prompt or new_tokens < 1:
         raise ValueError("a prompt and its answer hold at least one token each")
@@ -588,6 +589,8 @@ def generate(
         logits = out.logits[0, -1]
 
         may_revise = config.revise and revisions and len(tokens) > len(prompt) and run == 0
+        if may_revise:  # a token must be left to emit
+            may_revise = memory_stack[-1][2].isfinite().sum() > 1
         if may_revise and logits[V] > logits[:V].logsumexp(dim=0):
             taken_back = tokens[-1]
             tokens, cache, logits = memory_stack.pop()

@@ -517,7 +517,7 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
     if model.config.revise:
         for i, (prompt, end) in enumerate(zip(batch.prompt.tolist(), batch.length.tolist())):
             row = batch.real[i, :end].tolist()
-            right[i] = row == generate(model, row[:prompt], end - prompt, thinking)
+            right[i] = row == generate(model, row[:prompt], end - prompt, thinking, generator)
     model.train(was_training)
     return grid, right, (out.loss * grid.emits).sum(dim=2)
 
@@ -859,7 +859,10 @@ class Trainer:
         if state["network"] != dataclasses.asdict(self.model.config):
             raise DataError("the checkpoint is of another shape than the config asks for")
         self.model.load_state_dict(state["model"])
+        given = [(g["peak_lr"], g["weight_decay"]) for g in self.optimiser.param_groups]
         self.optimiser.load_state_dict(state["optimiser"])
+        for group, rates in zip(self.optimiser.param_groups, given):
+            group["peak_lr"], group["weight_decay"] = rates  # as the config says now
         for name, value in state["progress"].items():
             setattr(self, name, value)
         self.curriculum.load_state(state["curriculum"])

@@ -15,7 +15,7 @@ regression on training sequences, to the same target).
   value_of_thinking  will a thought here pay for itself? Known by intervention: two rollouts that
                      differ in this one decision. Area under the ROC curve, rank correlation
   blinded            answers right, or nats a token, and thoughts a sequence, with the observer's
-                     output zeroed or swapped with the next sequence's: for the gates, or for all
+                     output zeroed or swapped with another sequence's: for the gates, or for all
   steered            the same where the gate is not asked: a thought wherever the observer expects
                      more of it than a price
 

@@ -4,7 +4,7 @@ What a trained model can do, and whether its thoughts do it: report.json, report
   python lab/report.py --run=out/chain --plain=out/plain        half a minute
 
 All numbers are of held-out data, answers and thoughts greedy. Modes: `policy` thinks as trained;
-`never` may not; `random`, `constant` (its most used thought) and `swapped` (what the next sequence
+`never` may not; `random`, `constant` (its most used thought) and `swapped` (what another sequence
 of the batch thinks) leave thoughts where they are and take away what they say. A text has no
 answers to be right, so there it is nats a token, over windows that do not overlap, with a 95%
 confidence interval; and `scattered` leaves what thoughts say, and puts them anywhere.

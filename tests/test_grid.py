@@ -121,7 +121,7 @@ def test_a_rollout_is_what_one_gets_cell_by_cell_with_the_whole_stream_each_time
 
 
 def test_forced_thoughts_are_thought_and_the_gate_says_the_rest(tiny):
-    model, thinking = tiny(1).double(), Thinking(greedy=True, max_run=2)
+    model, thinking = tiny().double(), Thinking(greedy=True, max_run=2)
     real, length = torch.randint(V, (4, 8), generator=seeded(0)), torch.tensor([8, 5, 8, 8])
     forced = torch.randint(LET, K, (4, 8, 2), generator=seeded(1))
     forced[:, 0], forced[:, 1] = torch.tensor([3, 1]), torch.tensor([2, -1])
@@ -129,6 +129,8 @@ def test_forced_thoughts_are_thought_and_the_gate_says_the_rest(tiny):
     twin = [step_by_step(model, r[:n], thinking, f) for r, n, f in zip(real, length, forced)]
     assert streams_of(grid) == twin
     assert all(stream[1:3] == [V + 3, V + 1] and stream[4] == V + 2 for stream in twin)
+    silent = rollout(model, real, length, thinking, forced=torch.full_like(forced, -1))
+    assert rollout(model, real, length, thinking).thinks.any() and not silent.thinks.any()
 
 
 def test_a_plain_model_and_one_that_must_not_think_hold_real_tokens_only(tiny):
@@ -220,8 +222,6 @@ MODELS = {
 @pytest.mark.parametrize("window", [0, 1, 4])
 @pytest.mark.parametrize("sizes", MODELS)
 def test_a_packed_pass_is_each_sequence_alone(tiny, monkeypatch, sizes, window, chunk):
-    # BUG in train.read, fails for (revise, 4, 5) and (revise, 4, 3): wrong tokens take up room in a
-    # cache cut to the last `window` cells, so that cells in view are lost.
     monkeypatch.setattr(train, "CHUNK", chunk)
     model = tiny(1, **MODELS[sizes]).double()
     grid = mixed(model)

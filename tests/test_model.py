@@ -536,7 +536,6 @@ def test_no_more_is_taken_back_than_is_allowed_and_nothing_of_the_prompt():
     assert run(model, [1], 3, revisions=0)[1] == "1 3 1 3"
 
 
-@pytest.mark.xfail(reason="generate may take back the last token that is left")
 def test_a_token_is_always_left_to_emit():
     model = Scripted({1: [0, 1, 2, 3, 4]}, regrets=range(V))
     assert run(model, [1], 2, revisions=7)[0][1] == 4

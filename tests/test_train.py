@@ -94,6 +94,22 @@ def test_the_gate_explores_in_training_and_only_there(chains, tmp_path):
     assert not grid.thinks.any()
 
 
+def test_each_step_of_each_seed_draws_a_batch_of_its_own(chains, tmp_path, monkeypatch):
+    batches, draw = set(), Trainer.draw
+
+    def note(trainer):
+        batch = draw(trainer)
+        batches.add(str(batch.real.tolist()))
+        return batch
+
+    monkeypatch.setattr(Trainer, "draw", note)
+    for seed in (1, 2):
+        trainer = Trainer(small(chains, tmp_path, seed=seed))
+        for _ in range(3):
+            trainer.train_step()
+    assert len(batches) == 6
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(chains, tmp_path):
     trainer = Trainer(small(chains, tmp_path))
     with torch.no_grad():
@@ -129,6 +145,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert same(second.state(), whole.state())
     assert len(first.curriculum.levels) == 2 and whole.curriculum.learned
     assert whole.paid == (config.n_bits > 0) and not first.paid
+
+
+def test_a_resumed_run_has_the_rates_that_it_is_given(chains, tmp_path):
+    first = Trainer(small(chains, tmp_path))
+    changed = Trainer(small(chains, tmp_path, lr=1e-4, gate_lr=3e-4, weight_decay=0.5))
+    changed.load_state(first.state())
+    groups = changed.optimiser.param_groups
+    assert [group["peak_lr"] for group in groups] == [1e-4, 1e-4, 3e-4]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.0]
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(chains, tmp_path, monkeypatch, capsys):
@@ -430,6 +455,14 @@ def test_evaluation_switches_dropout_off_and_leaves_the_model_as_it_was(chains, 
         found = [evaluate(trainer.model, batch, thinking) for _ in range(2)]
         assert torch.equal(found[0][2], found[1][2]) and same(*(list(f[0]) for f in found))
         assert trainer.model.training == training
+
+
+@pytest.mark.parametrize("changes", [{}, {"recall": True, "revise": 0.3}])
+def test_evaluation_with_a_generator_leaves_the_chance_of_training_alone(chains, tmp_path, changes):
+    trainer = Trainer(small(chains, tmp_path, **changes))
+    before, generator = torch.get_rng_state(), torch.Generator().manual_seed(0)
+    evaluate(trainer.model, trainer.val_rows.first(5, 3), trainer.thinking, generator)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_evaluation_adds_up_the_nats_of_each_token_where_it_is_emitted(chains, tmp_path):
