@@ -23,7 +23,8 @@ import torch
 from data.dataset import DataError, Vocabulary
 from model import GPT, MODES, generate
 from options import load_config, option, run
-from train import Config, as_trained, load_model, pick_device
+from runs import load_model, pick_device
+from train import Config, as_trained
 
 DEFAULT_PROMPT = "3+4*2="
 RECALL = ("policy", "never", "always")

@@ -20,12 +20,9 @@ Glossary, beside model.py's
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -34,13 +31,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split, load_vocabulary
-from model import GPT, Cells, GPTConfig, Thinking, choose_thought, decide, generate, wants_to_think
+from model import GPT, Cells, Thinking, choose_thought, decide, generate, wants_to_think
 from options import load_config, option, run
+from runs import (
+    RANK,
+    WORLD,
+    average_gradients,
+    first_model,
+    interruptible,
+    load_checkpoint,
+    pick_device,
+    prepare_data,
+    prepare_out,
+    processes,
+    save_checkpoint,
+    total,
+)
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -143,7 +153,7 @@ def may_think(grid: Grid, thinking: Thinking) -> Tensor:
     """-> (B, T, S): the gate is asked here."""
     asked = without_last(grid.present, 3)  # nor behind the last thought of a run
     if thinking.after is not None:
-        asked[:, :, 0] &= thinking.after[grid.token[:, :, 0]]
+        asked[:, :, 0] &= thinking.after.to(asked.device)[grid.token[:, :, 0]]
     return asked
 
 
@@ -160,7 +170,7 @@ def rollout(
     sequence thinks; the last one goes through the network together with token t + 1.
     forced: (B, T, R) thoughts to think there, -1 for none, LET for what the gate says; None: LET.
     """
-    (B, T), V, K = real.shape, model.config.vocab_size, model.config.n_think
+    T, V, K = real.size(1), model.config.vocab_size, model.config.n_think
     R, recall = thinking.runs(model.config), model.config.recall
     token = real[:, :, None].repeat(1, 1, R + 3)
     token[:, :, -2] = V + K if recall else 0
@@ -171,37 +181,37 @@ def rollout(
         return grid
     for t in range(int(length.max()) - 1):
         feed.append((t, 0))  # slots that go through the network now
-        for run in range(R + 1 if recall else R):
+        for last in range(R + 1 if recall else R):  # slot of the token's last cell so far
             here = torch.stack([present[:, i, slot] for i, slot in feed], dim=1)
             ids = torch.stack([token[:, i, slot] for i, slot in feed], dim=1)
-            cells = Cells(count + here.cumsum(dim=1) - 1, seen=here)
+            cells = Cells((count + here.cumsum(dim=1) - 1).clamp(min=0), seen=here)
             out = model(ids, cells, cache, thinking.window)
             count = count + here.sum(dim=1, keepdim=True)
             cache = out.cache.last(thinking.window * (1 + R))
-            thinks = present[:, t, run] & (run < R)
-            if run == 0 and thinking.after is not None:
-                thinks = thinks & thinking.after[real[:, t]]
-            if run < R:
-                wants = wants_to_think(out, run, thinking, generator)
+            thinks = present[:, t, last] & (last < R)
+            if last == 0 and thinking.after is not None:
+                thinks = thinks & thinking.after.to(real.device)[real[:, t]]
+            if last < R:
+                wants = wants_to_think(out, last, thinking, generator)
                 thought = choose_thought(model, out.thoughts[:, -1], thinking, generator)
                 if forced is not None:
-                    told = forced[:, t, run]
+                    told = forced[:, t, last]
                     wants = torch.where(told == LET, wants, told >= 0)
                     thought = torch.where(told >= 0, told, thought)
                 thinks = thinks & wants
-                token[:, t, run + 1], present[:, t, run + 1] = V + thought, thinks
+                token[:, t, last + 1], present[:, t, last + 1] = V + thought, thinks
             if recall:
                 looks = decide(out.recall[:, -1], thinking.force_recall, thinking, generator)
-                present[:, t, -2] |= present[:, t, run] & ~thinks & looks
+                present[:, t, -2] |= present[:, t, last] & ~thinks & looks
             if not thinks.any():
                 feed = []
                 break
-            feed = [(t, run + 1)]
+            feed = [(t, last + 1)]
     return grid
 
 
 class Pass(NamedTuple):
-    """What a parallel pass puts out for every cell of a grid, (B, T, S, ...); 0 where none was."""
+    """What a parallel pass puts out, (B, T, S, ...); it means something in the cells used only."""
 
     loss: Tensor  # nats: -log p(the token that comes next), or of REVISE at a wrong token
     right: Tensor  # bool: that is the likeliest
@@ -597,80 +607,18 @@ class Curriculum:
             else:
                 self.learned = True
 
-    def state(self) -> dict:
-        names = ("stages", "stage", "grown", "right", "learned")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
 
 # ----------------------------------------------------------------------------------------------
-# several processes, devices, checkpoints
+# the loop
 
-# Each process draws a batch of its own; gradients are averaged, so all have the same weights.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
-
-
-def total(x: Tensor) -> Tensor:
-    """The sum of x over all processes."""
-    if WORLD > 1:
-        dist.all_reduce(x)
-    return x
+WARM_STEPS, FINAL_LR, CLIP = 100, 0.1, 1.0  # of the learning rate; and the gradient's largest norm
+LOG_EVERY = 50
 
 
-def average_gradients(model: GPT) -> None:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = total(torch.cat([g.flatten() for g in gradients])) / WORLD  # one message
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
-
-
-def pick_device(name: str) -> str:
-    """"auto" or the name of a device -> a device that is here. Raises DataError."""
-    mps = torch.backends.mps.is_available() and WORLD == 1
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
-    if name not in ("auto", *here):
-        raise DataError(f"device = {name!r} is not here; this machine has {', '.join(here)}")
-    return here[0] if name == "auto" else name
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Written beside and renamed: a crash midway leaves the old file or the new, never a part."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def load_checkpoint(folder: str, device: str = "cpu") -> dict:
-    """Raises DataError."""
-    path = Path(folder) / "checkpoint.pt"
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"there is no checkpoint in {folder}: train first") from None
-    except Exception as error:
-        reason = f"({type(error).__name__}): it is damaged or not ours"
-        raise DataError(f"{path} cannot be read as a checkpoint {reason}") from None
-    if not {"config", "network", "meta", "model", "curriculum"} <= set(state):
-        raise DataError(f"the checkpoint in {folder} was written by another program or version")
-    return state
-
-
-def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]:
-    """-> model in evaluation mode, vocabulary, the checkpoint. Raises DataError."""
-    state = load_checkpoint(folder, device)
-    try:
-        model = GPT(GPTConfig(**state["network"])).to(device)
-        model.load_state_dict(state["model"])
-        return model.eval(), load_vocabulary(state["meta"]), state
-    except (KeyError, TypeError, RuntimeError):
-        message = f"the checkpoint in {folder} was written by another program or version"
-        raise DataError(message) from None
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rates: linear warm-up, then cosine decay to FINAL_LR."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1, (step + 1) / WARM_STEPS) * (FINAL_LR + (1 - FINAL_LR) * cosine)
 
 
 def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking:
@@ -693,42 +641,6 @@ def as_trained(state: dict, vocabulary: Vocabulary) -> Thinking:
     return dataclasses.replace(thinking, greedy=True)
 
 
-def new_model(config: Config, vocabulary: Vocabulary) -> GPT:
-    """The model to be trained, with its first weights. Raises DataError."""
-    shared = {f.name for f in dataclasses.fields(GPTConfig)}
-    sizes = {k: v for k, v in dataclasses.asdict(config).items() if k in shared}
-    sizes |= {"vocab_size": len(vocabulary.tokens), "revise": config.revise > 0}
-    source = config.init_from
-    try:
-        if source.startswith("hf:"):
-            return GPT.from_pretrained(source[3:], **sizes)
-        model = GPT(GPTConfig(**sizes))
-        if source:
-            state = load_checkpoint(source)
-            if load_vocabulary(state["meta"]).tokens != vocabulary.tokens:
-                raise DataError(f"the model in {source} has another vocabulary")
-            model.warm_start(state["model"])
-        return model
-    except ImportError:
-        message = "GPT-2 weights need the package transformers: pip install transformers"
-        raise DataError(message) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source} {str(error).splitlines()[0]}".strip()) from None
-
-
-# ----------------------------------------------------------------------------------------------
-# the loop
-
-WARM_STEPS, FINAL_LR, CLIP = 100, 0.1, 1.0  # of the learning rate; and the gradient's largest norm
-LOG_EVERY = 50
-
-
-def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rates: linear warm-up, then cosine decay to FINAL_LR."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1, (step + 1) / WARM_STEPS) * (FINAL_LR + (1 - FINAL_LR) * cosine)
-
-
 class Trainer:
     def __init__(self, config: Config):
         """Raises DataError."""
@@ -746,7 +658,7 @@ class Trainer:
             message = f"the data demonstrate {symbols} thoughts, up to {told} in a row: more than"
             raise DataError(f"{message} n_bits = {config.n_bits}, max_run = {config.max_run} hold")
         torch.manual_seed(config.seed)
-        self.model = new_model(config, self.vocabulary).to(self.device)
+        self.model = first_model(config, self.vocabulary).to(self.device)
         self.network = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay)
         named = list(self.model.named_parameters())
@@ -847,7 +759,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "progress": {"step": self.step, "seconds": self.seconds, "paid": self.paid},
-            "curriculum": self.curriculum.state(),
+            "curriculum": vars(self.curriculum),
             "mastered": self.curriculum.mastered,
         }
 
@@ -865,17 +777,7 @@ class Trainer:
             group["peak_lr"], group["weight_decay"] = rates  # as the config says now
         for name, value in state["progress"].items():
             setattr(self, name, value)
-        self.curriculum.load_state(state["curriculum"])
-
-
-def prepare_data(folder: str) -> None:
-    """Make the data of a task that comes with the program, if they are not there yet."""
-    script = Path(folder) / "prepare.py"
-    if RANK == 0 and script.exists() and not (Path(folder) / "meta.json").exists():
-        print(f"{folder} holds no data yet: python {script}", flush=True)
-        if subprocess.run([sys.executable, str(script)], check=False).returncode:
-            raise DataError(f"{script} failed")
-    total(torch.zeros(()))  # other processes wait for the data
+        vars(self.curriculum).update(state["curriculum"])
 
 
 def progress_line(log: dict, rate: float, left: float) -> str:
@@ -890,69 +792,34 @@ def progress_line(log: dict, rate: float, left: float) -> str:
 def train(trainer: Trainer) -> bool:
     """The loop -> False if Ctrl-C ended it early."""
     config, out = trainer.config, Path(trainer.config.out)
-    stop = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    former = {s: signal.signal(s, lambda *_: stop.append(1)) for s in signals}
-    started, mark, tokens = time.monotonic() - trainer.seconds, time.monotonic(), 0
-    since = trainer.step
-    last, stopped = trainer.step >= config.steps, False
-    with open(os.devnull if RANK else out / "metrics.jsonl", "a", buffering=1) as metrics:
+    began, mark, tokens, since = time.monotonic() - trainer.seconds, time.monotonic(), 0, 0
+    file = os.devnull if RANK else out / "metrics.jsonl"
+    with open(file, "a", buffering=1) as metrics, interruptible() as interrupted:
+        last = trainer.step >= config.steps
+        stopped = False
         while not (last or stopped):
             log = trainer.train_step()
-            trainer.seconds = time.monotonic() - started
-            tokens += log.pop("tokens")
-            last = trainer.step >= config.steps
-            stopped = bool(total(torch.tensor(len(stop))))  # one is stopped, all stop
+            trainer.seconds = time.monotonic() - began
+            tokens, since = tokens + log.pop("tokens"), since + 1
+            last, stopped = trainer.step >= config.steps, interrupted()
+            checks = trainer.step % config.eval_every == 0 or last
+            logs = trainer.step % LOG_EVERY == 0 or last
             if RANK:
                 continue
-            checks = trainer.step % config.eval_every == 0 or last
-            if trainer.step % LOG_EVERY == 0 or last:
+            if logs:
                 spent = time.monotonic() - mark
-                left = spent / (trainer.step - since) * (config.steps - trainer.step)
+                left = spent / since * (config.steps - trainer.step)
                 print(progress_line(log, tokens / spent, left), flush=True)
-                mark, since, tokens = time.monotonic(), trainer.step, 0
+                mark, since, tokens = time.monotonic(), 0, 0
             if checks:
                 log["validation"] = trainer.validate()
                 values = "  ".join(f"{k}: {a:.3f}" for k, a in log["validation"].items())
                 print(f"  validation by level: {values}", flush=True)
-            if checks or trainer.step % LOG_EVERY == 0:
+            if checks or logs:
                 metrics.write(json.dumps(log | {"seconds": round(trainer.seconds, 2)}) + "\n")
             if checks or stopped:
                 save_checkpoint(out / "checkpoint.pt", trainer.state())
-    for number, handler in former.items():
-        signal.signal(number, handler)
-    return trainer.step == config.steps
-
-
-def prepare_out(trainer: Trainer) -> None:
-    """Resume from what lies in `out`, or move it aside: no run overwrites another's checkpoint."""
-    config, out = trainer.config, Path(trainer.config.out)
-    if config.plain:
-        load_checkpoint(config.plain)  # if it is not there, say so now
-    if config.resume:
-        trainer.load_state(load_checkpoint(config.out, trainer.device))
-        if trainer.step >= config.steps:
-            raise DataError(f"{out} is at step {trainer.step} already: give more --steps")
-    if RANK:
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write to {out} ({error.strerror})") from None
-    metrics = out / "metrics.jsonl"
-    if config.resume:
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        lines = [line for line in lines if json.loads(line)["step"] < trainer.step]
-        metrics.write_text("".join(line + "\n" for line in lines))
-        print(f"resumed {out} at step {trainer.step}")
-    else:
-        if (out / "checkpoint.pt").exists():
-            numbered = (out / f"checkpoint.{n}.pt" for n in itertools.count(1))
-            aside = next(path for path in numbered if not path.exists())
-            os.replace(out / "checkpoint.pt", aside)
-            print(f"{out} held a checkpoint: moved to {aside.name}")
-        metrics.unlink(missing_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    return last
 
 
 def what_was_learned(trainer: Trainer) -> str:
@@ -967,25 +834,31 @@ def what_was_learned(trainer: Trainer) -> str:
     return line + ("; thoughts never cost anything" if costless else "")
 
 
+def begin(trainer: Trainer) -> None:
+    """Go on from what lies in `out`, or prepare it for a new run. Raises DataError."""
+    config = trainer.config
+    if config.plain:
+        load_checkpoint(config.plain)  # if it is not there, say so now
+    if config.resume:
+        trainer.load_state(load_checkpoint(config.out, trainer.device))
+        if trainer.step >= config.steps:
+            message = f"{config.out} is at step {trainer.step} already: give more --steps"
+            raise DataError(message)
+    if RANK == 0:
+        prepare_out(config, trainer.step)
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        size = f"{parameters:,} parameters, {config.n_layer} layers"
+        where = f"{trainer.device}, {torch.get_num_threads()} threads"
+        thoughts = f"thoughts of {config.n_bits} bits"
+        print(f"{trainer.meta['task']}; {size}, {thoughts}; {where}", flush=True)
+
+
 def main(argv: list[str]) -> None:
     config = load_config(argv, Config)
-    if WORLD > 1:
-        device = pick_device(config.device)
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    trainer = Trainer(config)
-    prepare_out(trainer)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    if RANK == 0:
-        print(
-            f"{trainer.meta['task']}; {parameters:,} parameters, {config.n_layer} layers, thoughts "
-            f"of {config.n_bits} bits; {trainer.device}, {torch.get_num_threads()} threads",
-            flush=True,
-        )
-    finished = train(trainer)
-    if WORLD > 1:
-        dist.destroy_process_group()
+    with processes(config.device):
+        trainer = Trainer(config)
+        begin(trainer)
+        finished = train(trainer)
     if RANK:
         return
     if not finished:

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import runs
 import train
 from data.dataset import Batch, DataError, Rows, load_split
 from model import GPT, READINGS, Thinking
@@ -256,7 +257,7 @@ def blind(subject: Subject, split, rows: int) -> dict:
 
 def calibrate(config: CalibrateConfig) -> dict:
     """All questions that apply -> {question: answers}. Raises DataError."""
-    model, vocabulary, state = train.load_model(config.run)
+    model, vocabulary, state = runs.load_model(config.run)
     trained, rows, few = train.Config(**state["config"]), config.rows, max(1, config.rows // 5)
     if not model.config.observer:
         message = f"the model in {config.run} has no observer: train one with --observer=quarters"

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import runs
 import train
 from data.dataset import Batch, DataError, Rows, load_split
 from model import GPT, Thinking, generate
@@ -80,7 +81,7 @@ def taken_back(model: GPT, batch: Batch, thinking: Thinking, tried: Tensor) -> f
 
 
 def draw(model: GPT, row: list[int], prompt: int, thinking: Thinking, revisions: int, generator):
-    """Draw an answer to a prompt -> how many of its tokens were (taken back?, right?): a Counter."""
+    """Draw an answer -> a Counter: how many of its tokens were (taken back?, right?)."""
     said, counts = [], Counter()
 
     def watch(what: str, token: int) -> None:
@@ -173,7 +174,7 @@ def shown(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
 
 def main(argv: list[str]) -> None:
     config = train.load_config(argv, ControlConfig)
-    model, vocabulary, state = train.load_model(config.run)
+    model, vocabulary, state = runs.load_model(config.run)
     trained, thinking = train.Config(**state["config"]), train.as_trained(state, vocabulary)
     split = load_split(trained.data, "val", vocabulary, trained.block)
     if not isinstance(split, Rows):

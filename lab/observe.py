@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import DataError, Vocabulary
 from model import GPT, READINGS, Cells, Output, Thinking, generate
 from options import load_config, option, run
-from train import Config, Grid, as_trained, load_model, may_think, pick_device, rollout
+from runs import load_model, pick_device
+from train import Config, Grid, as_trained, may_think, rollout
 
 TOP = 3  # tokens shown of each layer
 LONGEST = 1000  # real tokens of a text that are read

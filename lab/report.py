@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import Batch, DataError, Rows, Text, Vocabulary, load_split
 from model import GPT, MODES, Thinking
 from options import load_config, option, run
-from train import Config, as_trained, evaluate, load_model, pick_device, rollout
+from runs import load_model, pick_device
+from train import Config, as_trained, evaluate, rollout
 
 WINDOWS = (8, 16)  # positions in view, for accuracy in a window
 LONGEST = 128  # longer levels are tried in a window only

@@ -32,7 +32,8 @@ from data.dataset import DataError, Text, Vocabulary, load_split
 from lab.report import by_chance, joint_counts, mutual_information
 from model import GPT, Thinking
 from options import load_config, option, run
-from train import LET, as_trained, load_model, may_think, pick_device, rollout
+from runs import load_model, pick_device
+from train import LET, as_trained, may_think, rollout
 
 BEHIND = 16  # tokens behind the cut
 PART = 100  # windows that go through together

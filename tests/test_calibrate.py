@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import V, alone, call, seeded, small
 
+import runs
 import train
 from data.dataset import Batch
 from lab import calibrate
@@ -142,7 +143,7 @@ def test_errors_are_foretold_only_where_the_answer_is_right_so_far(subject, batc
 def test_a_run_is_calibrated_from_the_command_line(chains, tmp_path):
     config = small(chains, tmp_path, observer="0", n_layer=2, curriculum=False, warm_up=0.2)
     trainer = train.Trainer(config)
-    train.prepare_out(trainer)
+    train.begin(trainer)
     train.train(trainer)
     done = call("lab/calibrate.py", f"--run={tmp_path}", "--rows=20")
     assert done.returncode == 0, done.stderr
@@ -155,7 +156,7 @@ def test_a_run_is_calibrated_from_the_command_line(chains, tmp_path):
 
 def test_a_run_without_an_observer_is_refused_in_one_sentence(chains, tmp_path):
     trainer = train.Trainer(small(chains, tmp_path))
-    train.save_checkpoint(tmp_path / "checkpoint.pt", trainer.state())
+    runs.save_checkpoint(tmp_path / "checkpoint.pt", trainer.state())
     done = call("lab/calibrate.py", f"--run={tmp_path}")
     assert done.returncode == 1 and "has no observer" in done.stderr
     assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import RECALL, K, V, batch_of, call, grid_of, seeded, small, streams_of
 
+import runs
 import train
 from data.dataset import Batch
 from lab import control
@@ -280,7 +281,7 @@ def test_a_run_with_everything_is_measured_from_the_command_line(chains, tmp_pat
     tokens = {"recall": True, "revise": 0.2, "window": 4}
     trainer = train.Trainer(small(chains, tmp_path, steps=3, **tokens))
     trainer.train_step()
-    train.save_checkpoint(tmp_path / "checkpoint.pt", trainer.state())
+    runs.save_checkpoint(tmp_path / "checkpoint.pt", trainer.state())
     done = call("lab/control.py", f"--run={tmp_path}", "--rows=20", "--drawn=4")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "control.json").read_text())

@@ -10,7 +10,8 @@ from conftest import call, prepare, small
 from data.arithmetic.prepare import addition, chain, distinct, main, probe, split
 from data.dataset import DataError, Vocabulary, load_meta, load_split, read_bin, write_bin
 from options import load_config
-from train import Config, Trainer, load_model, save_checkpoint
+from runs import load_model, save_checkpoint
+from train import Config, Trainer
 
 
 def load(folder):

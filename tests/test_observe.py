@@ -16,6 +16,7 @@ from data.dataset import DataError, Vocabulary
 from lab import observe
 from lab.observe import draw, look, page, shown, trace
 from model import READINGS, Thinking, generate
+from runs import save_checkpoint
 
 LETTERS = Vocabulary({"vocab": list("abcde")})
 GREEDY = Thinking(greedy=True, max_run=2)
@@ -305,7 +306,7 @@ def runs(chains, tmp_path_factory):
     for kind in ({"n_bits": 0}, {"observer": "quarters", "n_layer": 2}):
         folders.append(tmp_path_factory.mktemp("run"))
         trainer = train.Trainer(small(chains, folders[-1], **kind))
-        train.save_checkpoint(folders[-1] / "checkpoint.pt", trainer.state())
+        save_checkpoint(folders[-1] / "checkpoint.pt", trainer.state())
     return folders
 
 

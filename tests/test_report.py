@@ -14,6 +14,7 @@ from data.dataset import DataError, Text, Vocabulary, load_split, write_bin
 from lab import report
 from lab.report import by_chance, joint_counts, mutual_information
 from model import MODES, Thinking, generate
+from runs import load_model, save_checkpoint
 
 LETTERS = Vocabulary({"vocab": list("abcd") + ["\n"], "row_end": "\n"})
 GREEDY = Thinking(greedy=True, max_run=2)
@@ -90,7 +91,7 @@ def runs(chains, tmp_path_factory):
         folders[name] = tmp_path_factory.mktemp(name)
         trainer = train.Trainer(small(chains, folders[name], n_bits=n_bits))
         trainer.begin_to_charge()
-        train.save_checkpoint(folders[name] / "checkpoint.pt", trainer.state())
+        save_checkpoint(folders[name] / "checkpoint.pt", trainer.state())
     return folders
 
 
@@ -208,7 +209,7 @@ def verses(tmp_path_factory):
     with torch.no_grad():
         trainer.model.gate.out.weight.normal_()
         trainer.model.gate.out.bias.zero_()
-    train.save_checkpoint(folder / "checkpoint.pt", trainer.state())
+    save_checkpoint(folder / "checkpoint.pt", trainer.state())
     return folder
 
 
@@ -223,7 +224,7 @@ def test_the_report_of_a_text_is_in_nats(verses, capsys):
     assert 0 < rate < 2 and modes["never"]["thoughts_per_token"] == 0
     assert modes["scattered"]["thoughts_per_token"] == pytest.approx(rate, rel=0.15)
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(modes) + 1 + 1
-    model, vocabulary, state = train.load_model(verses)
+    model, vocabulary, state = load_model(verses)
     constant = replace(train.as_trained(state, vocabulary), mode="constant")
     constant.constant = found["constant_thought"]
     text = load_split(verses, "val", vocabulary, 12)

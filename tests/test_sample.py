@@ -10,7 +10,8 @@ from conftest import call
 
 import sample
 from data.dataset import DataError
-from train import Config, save_checkpoint
+from runs import save_checkpoint
+from train import Config
 
 CHAINS = {
     "task": "chains",
@@ -31,7 +32,8 @@ def checkpoint(tiny, tmp_path):
         network = asdict(model.config)
         shared = {name: network[name] for name in asdict(Config()) if name in network}
         config = Config(**(shared | {"revise": float(network["revise"])}))
-        state = {"config": asdict(config), "network": network, "meta": meta, "curriculum": {}}
+        state = {"config": asdict(config), "network": network, "meta": meta}
+        state |= {"curriculum": {}, "optimiser": {}}
         state |= {"model": model.state_dict(), "progress": {"paid": True}}
         save_checkpoint(tmp_path / "checkpoint.pt", state)
         return f"--run={tmp_path}"

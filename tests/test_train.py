@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import AUTOMATA, ROOT, prepare, same, small
 
+import runs
 import train
 from data.dataset import DataError, write_rows
 from model import GPT, Thinking, generate
@@ -137,9 +138,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     first = Trainer(config)
     for _ in range(6):
         first.train_step()
-    train.save_checkpoint(tmp_path / "checkpoint.pt", first.state())
+    runs.save_checkpoint(tmp_path / "checkpoint.pt", first.state())
     second = Trainer(config)
-    second.load_state(train.load_checkpoint(tmp_path))
+    second.load_state(runs.load_checkpoint(tmp_path))
     for _ in range(8):
         second.train_step()
     assert same(second.state(), whole.state())
@@ -168,13 +169,13 @@ def test_ctrl_c_saves_and_the_run_goes_on(chains, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     with pytest.raises(SystemExit, match="stopped at step 4 and saved.* --resume=true"):
         train.main(arguments(config))
-    state = train.load_checkpoint(config.out)
+    state = runs.load_checkpoint(config.out)
     assert state["progress"]["step"] == 4
     monkeypatch.setattr(Trainer, "train_step", step)
     train.main(arguments(config, resume=True))
     assert f"resumed {config.out} at step 4" in capsys.readouterr().out
     train.main(arguments(config, out=tmp_path / "whole"))
-    states = [train.load_checkpoint(tmp_path / name) for name in ("cut", "whole")]
+    states = [runs.load_checkpoint(tmp_path / name) for name in ("cut", "whole")]
     assert same(*(state["model"] for state in states))
     files = {file.name for file in (tmp_path / "cut").iterdir()}
     assert files == {"checkpoint.pt", "metrics.jsonl", "config.json"}
@@ -190,15 +191,15 @@ def test_metrics_of_steps_that_a_resumed_run_takes_again_are_dropped(chains, tmp
     trainer = Trainer(dataclasses.replace(config, resume=True, steps=9))
     state = trainer.state()
     state["progress"]["step"] = 4
-    train.save_checkpoint(tmp_path / "checkpoint.pt", state)
-    train.prepare_out(trainer)
+    runs.save_checkpoint(tmp_path / "checkpoint.pt", state)
+    train.begin(trainer)
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:2]
 
 
 def test_a_second_run_does_not_overwrite_the_first_ones_checkpoints(chains, tmp_path):
     for number in (1, 2):
-        train.save_checkpoint(tmp_path / "checkpoint.pt", {"run": number})
-        train.prepare_out(Trainer(small(chains, tmp_path)))
+        runs.save_checkpoint(tmp_path / "checkpoint.pt", {"run": number})
+        train.begin(Trainer(small(chains, tmp_path)))
         kept = torch.load(tmp_path / f"checkpoint.{number}.pt", weights_only=True)
         assert kept == {"run": number}
     assert not (tmp_path / "checkpoint.pt").exists()
@@ -206,15 +207,15 @@ def test_a_second_run_does_not_overwrite_the_first_ones_checkpoints(chains, tmp_
 
 def test_a_checkpoint_write_killed_midway_leaves_the_old_one_readable(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    train.save_checkpoint(path, {"step": 1})
+    runs.save_checkpoint(path, {"step": 1})
 
     def killed(state, file):
         file.write(b"half a checkpoint")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.torch, "save", killed)
+    monkeypatch.setattr(torch, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        train.save_checkpoint(path, {"step": 2})
+        runs.save_checkpoint(path, {"step": 2})
     assert torch.load(path, weights_only=True) == {"step": 1}
 
 
@@ -229,7 +230,7 @@ def test_a_checkpoint_runs_no_code_when_it_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Trap()}, tmp_path / "checkpoint.pt")
     with pytest.raises(DataError, match="damaged or not ours"):
-        train.load_checkpoint(tmp_path)
+        runs.load_checkpoint(tmp_path)
     assert not (tmp_path / "trapped").exists()
 
 
@@ -295,7 +296,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(chains, finished, tmp_path, 
     whole = (finished / "checkpoint.pt").read_bytes()
     (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     assert "damaged or not ours" in refused(monkeypatch, *argv)
-    train.save_checkpoint(tmp_path / "checkpoint.pt", {"weights": torch.zeros(3)})
+    runs.save_checkpoint(tmp_path / "checkpoint.pt", {"weights": torch.zeros(3)})
     assert "another program or version" in refused(monkeypatch, *argv)
     argv = arguments(small(chains, tmp_path / "new", init_from=tmp_path))
     assert "another program or version" in refused(monkeypatch, *argv)
@@ -476,7 +477,7 @@ def test_evaluation_adds_up_the_nats_of_each_token_where_it_is_emitted(chains, t
 
 
 def test_a_model_comes_back_from_its_folder_and_thinks_as_it_was_trained(finished, chains):
-    model, vocabulary, state = train.load_model(finished)
+    model, vocabulary, state = runs.load_model(finished)
     assert isinstance(model, GPT) and not model.training and vocabulary.row_end >= 0
     assert same(model.state_dict(), state["model"])
     thinking = train.as_trained(state, vocabulary)
