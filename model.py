@@ -1,6 +1,6 @@
 """
 A GPT that may think: the network, its cache, and `generate`, the loop in which it thinks, recalls,
-revises and speaks.
+revises and emits.
 
 An ordinary pre-norm decoder with rotary positions. Added are thoughts of d bits; a gate, one number
 a cell: think next, or emit a token; an observer, one more attention head in the last block, which
@@ -11,13 +11,16 @@ Not here: how any of it is trained (train.py), any task, any path, any logging.
 Glossary
   B     sequences in a batch
   T     real tokens in a sequence: tokens of the data
+  cell  one input of the network, a real token, a thought or RECALL, together with its outputs
   C     cells of a stream: the real tokens of a sequence and the thoughts emitted between them
   V     vocabulary of real tokens, ids 0 .. V-1
-  d     bits of a thought; K = 2^d thoughts, ids V .. V+K-1; never shown, never supervised
+  d     bits of a thought; 2^d thoughts, ids V .. V+2^d-1; never shown, never supervised
   D     n_embd; nh attention heads of size hs
-  think / emit   what a cell can do: be followed by a thought, or predict the next real token
-  RECALL  id V+K: a cell that sees everything where others see a window; nobody sees it
-  REVISE  one more class beside the V tokens: take the last token back
+  think / emit   what follows a cell: a thought, or the next real token
+  RECALL  id V+2^d, an input only: a cell that sees everything where others see a window, and that
+          nobody sees
+  REVISE  an output only, one more class beside the V tokens: take the last token back
+  cut     a place from which on a stream sees nothing of what came before (made by train.py)
 
 References
   GPT-2 (Radford et al. 2019) and nanoGPT for the network; RoPE (Su et al. 2021, arXiv:2104.09864)
@@ -38,8 +41,8 @@ from torch import Tensor
 # ----------------------------------------------------------------------------------------------
 # configuration and visibility
 
-ROPE_BASE = 100.0  # the longest wavelength of the rotary positions, in cells, over 2 pi
-GATE_INIT = 0.95  # probability of thinking of an untrained gate: thoughts must be tried to pay
+ROPE_BASE = 100.0  # rotary wavelengths are 2 pi to 2 pi * ROPE_BASE cells: streams are short
+GATE_INIT = 0.95  # an untrained gate thinks: a thought never tried is never found worth its price
 READINGS = ("predicted_loss", "value_of_thinking", "cost_to_go")  # of the observer, in nats
 
 
@@ -58,11 +61,11 @@ class GPTConfig:
 
     @property
     def n_think(self) -> int:
-        """K, how many different thoughts there are."""
+        """How many different thoughts there are, 2^d."""
         return 2**self.n_bits if self.n_bits else 0
 
     def watched(self) -> list[int]:
-        """Layers that the observer watches. Raises ValueError."""
+        """Whose outputs the observer watches: 0 the embedding, i block i. Raises ValueError."""
         L = self.n_layer
         layers = [min(round(L * quarter / 4), L - 1) for quarter in (1, 2, 3)]
         if self.observer != "quarters":
@@ -82,7 +85,7 @@ class Cells(NamedTuple):
 
     position: Tensor  # index in the stream
     segment: Tensor | None = None  # a cell sees its own segment only: a cut begins a new one
-    seen: Tensor | None = None  # bool: later cells may see it; absent ones and RECALL are not seen
+    seen: Tensor | None = None  # bool: later cells may see it; not so padding and RECALL
     sees_all: Tensor | None = None  # bool: RECALL, from which neither window nor cut hides anything
 
     def part(self, columns: slice) -> "Cells":
@@ -95,14 +98,16 @@ class Cells(NamedTuple):
 
 def visible(query: Cells, key: Cells, window: int = 0) -> Tensor | None:
     """
-    -> (B, Q, K) bool, True where a query sees a key; the queries are the last Q of the keys. A cell
-    sees itself, and what comes before it in its segment, less than `window` positions back (0: all
-    of it), and is there to be seen. None where that is all that comes before.
+    -> (B, n_query, n_key) bool, True where a query sees a key; the queries are the last n_query of
+    the keys. A cell sees itself; and what comes before it, if that is `seen`, of its own segment,
+    and less than `window` positions back (0: any). None: plain causal attention needs no mask.
     """
-    Q, K = query.position.size(1), key.position.size(1)
-    if Q == K and not window and key.segment is None and key.seen is None:
+    n_query, n_key = query.position.size(1), key.position.size(1)
+    if n_query == n_key and not window and key.segment is None and key.seen is None:
         return None
-    before = torch.ones(Q, K, dtype=torch.bool, device=key.position.device).tril(K - Q)
+    ones = torch.ones(n_query, n_key, dtype=torch.bool, device=key.position.device)
+    before = ones.tril(n_key - n_query)  # or the cell itself
+    itself = before & ~ones.tril(n_key - n_query - 1)
     near = before[None]
     if window:
         near = near & (query.position[:, :, None] - key.position[:, None, :] < window)
@@ -112,7 +117,7 @@ def visible(query: Cells, key: Cells, window: int = 0) -> Tensor | None:
         near = near | query.sees_all[:, :, None] & before
     if key.seen is not None:
         near = near & key.seen[:, None, :]
-    return near | before & ~before.tril(K - Q - 1)
+    return near | itself
 
 
 class Cache(NamedTuple):
@@ -145,17 +150,17 @@ class Output(NamedTuple):
 
 class Thoughts(nn.Module):
     """
-    A thought is d bits, each -1 or 1; its number, 0 .. 2^d - 1, is the binary number in which bit i
+    A thought is d bits, each -1 or 1; its id, 0 .. 2^d - 1, is the binary number in which bit i
     counts 2^i. Its embedding is linear in the bits.
 
     The trunk is mapped to d numbers h, one a bit. A bit is the sign of tanh(h_i) + NOISE * e, e
-    standard normal, the bits independent of each other: a policy, with p(bit i is set) =
-    Phi(tanh(h_i) / NOISE), Phi the normal distribution function. Backward, a bit is tanh(h_i):
-    straight through (Bengio et al. 2013). No thought is ever without a gradient, as unused ones
-    are under a softmax: all of them share the same d rows of weights.
+    standard normal, the bits independent of each other: p(bit i is set) = Phi(tanh(h_i) / NOISE),
+    Phi the normal distribution function. What to think is learned through `echo`, as if a bit were
+    tanh(h_i): straight through (Bengio et al. 2013). Under a softmax over 2^d thoughts one that is
+    never drawn gets no gradient; here all share the same d rows of weights.
     """
 
-    NOISE = 0.3  # a number far from 0 is as good as sure of its bit; one near 0 tries both
+    NOISE = 0.3  # |tanh(h)| near 1: sure of the bit (p > .999); h = 0: a coin flip
 
     def __init__(self, n_bits: int, n_embd: int):
         super().__init__()
@@ -163,45 +168,48 @@ class Thoughts(nn.Module):
         self.embedding = nn.Linear(n_bits, n_embd)
         self.register_buffer("counts", 2 ** torch.arange(n_bits), persistent=False)
 
-    def bits(self, number: Tensor) -> Tensor:
-        """Thoughts' numbers (...) -> their bits (..., d), each -1.0 or 1.0."""
-        is_set = (number[..., None] & self.counts) > 0
+    def bits(self, thought: Tensor) -> Tensor:
+        """Thoughts' ids (...) -> their bits (..., d), each -1.0 or 1.0."""
+        is_set = (thought[..., None] & self.counts) > 0
         return torch.where(is_set, 1.0, -1.0).to(self.embedding.weight.dtype)
 
-    def forward(self, number: Tensor) -> Tensor:
-        """Thoughts' numbers (...) -> embeddings (..., D)."""
-        return self.embedding(self.bits(number))
+    def forward(self, thought: Tensor) -> Tensor:
+        """Thoughts' ids (...) -> embeddings (..., D)."""
+        return self.embedding(self.bits(thought))
 
     def likeliest(self, h: Tensor) -> Tensor:
-        """h (..., d) -> thoughts' numbers (...). A number of exactly 0 is a bit that is not set."""
+        """h (..., d) -> thoughts' ids (...). Where h is exactly 0 the bit is not set."""
         return ((h > 0) * self.counts).sum(dim=-1)
 
     def draw(self, h: Tensor, generator=None) -> Tensor:
-        """h (..., d) -> thoughts' numbers (...), drawn by the policy."""
+        """h (..., d) -> thoughts' ids (...), drawn at random as said above."""
         noise = torch.empty_like(h).normal_(generator=generator)
         return self.likeliest(h.tanh() + self.NOISE * noise)
 
-    def log_probability(self, h: Tensor, number: Tensor) -> Tensor:
-        """log p of the thoughts `number` (...), in nats, drawn from h (..., d) -> (...)."""
-        return torch.special.log_ndtr(h.tanh() * self.bits(number) / self.NOISE).sum(dim=-1)
+    def log_probability(self, h: Tensor, thought: Tensor) -> Tensor:
+        """log p, in nats, that thoughts (...) are drawn from h (..., d) -> (...)."""
+        return torch.special.log_ndtr(h.tanh() * self.bits(thought) / self.NOISE).sum(dim=-1)
 
     def echo(self, h: Tensor) -> Tensor:
-        """h (..., d) -> (..., D), all zeros; backward, h gets what the bits' embedding would."""
+        """
+        h (..., d) -> (..., D), all zeros. Added to a thought's embedding it changes no value, but
+        gives h, of an earlier pass, the gradient that the bits would get if they were tanh(h).
+        """
         soft = h.tanh()
         return F.linear(soft - soft.detach(), self.embedding.weight)
 
 
 class Observer(nn.Module):
     """
-    One attention head that watches how the thinking goes: it asks with the last block's input, and
-    what it sees, its keys and values, are made of the outputs of the layers below, side by side.
-    What it attends to goes on with the other heads, to the logits. What it sensed, that and the
-    cell's own value on top, goes to the gate, and three numbers are read off it, in nats:
+    One attention head that watches how the thinking goes. Its query is made of the last block's
+    input, its keys and values of the outputs of the layers below, side by side. Like the other
+    heads it adds to the last block's output. What it sensed, its attention's output plus the
+    cell's own value, goes to the gate, and three numbers are read off it, in nats:
       predicted_loss     of the next real token, if the cell emits now: the entropy of its logits,
                          and what the head adds to it
       value_of_thinking  by how much one more thought lowers later losses, before its price
       cost_to_go         the loss of all that comes later, thoughts' prices included
-    It learns to watch: no gradient goes from it into the layers that it watches.
+    Its gradient stops at its inputs: it does not change the layers that it watches.
     """
 
     def __init__(self, config: GPTConfig):
@@ -222,7 +230,7 @@ class Observer(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turn the two halves of each head. x (..., C, hs); cos, sin (B, 1, C, hs / 2)."""
+    """RoPE: turn the halves of each head. x (2, B, nh, C, hs); cos, sin (B, 1, C, hs / 2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -245,9 +253,13 @@ class Attention(nn.Module):
         return *rotate(qkv[:2], *turn), qkv[2]
 
     def forward(self, x, below, turn, mask, past):
-        """-> (B, C, D); what the observer sensed, (B, C, hs), or None; keys and values so far."""
+        """
+        x (B, C, D); below: list of (B, C, D); turn: cos and sin; mask: (B, 1, C, keys) or None;
+        past: keys and values of the cache, or None -> (B, C, D); what the observer sensed, (B, C,
+        hs), or None; keys and values so far.
+        """
         q, k, v = self.heads(x, below, turn)
-        own = v[:, -1]  # (B, C, hs) the observer's value of the cell itself
+        own = v[:, -1]  # (B, C, hs) the value of the cell itself; the observer is the last head
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         p = self.dropout if self.training else 0.0
@@ -314,7 +326,8 @@ class GPT(nn.Module):
         self.recall_gate = Gate(D + observed * hs, 0.5) if config.recall else None
         self.drop = nn.Dropout(config.dropout)
         frequency = ROPE_BASE ** -torch.linspace(0, 1, hs // 2 + 1)[:-1]
-        frequency = frequency * (not config.n_positions)
+        if config.n_positions:
+            frequency = 0 * frequency  # learned positions instead: nothing is turned
         self.register_buffer("frequency", frequency, persistent=False)  # (hs / 2,) radians a cell
         self.apply(self._init)
 
@@ -322,9 +335,11 @@ class GPT(nn.Module):
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.7 / math.sqrt(module.in_features))
+            nn.init.normal_(module.weight, std=0.7 / math.sqrt(module.in_features))  # GPT-2: .02
             nn.init.zeros_(module.bias)
-        if module is self.thoughts:  # small like all embeddings: larger, chance is learned by heart
+        # `apply` comes to a module after its parts, so these two have the last word. At first a
+        # thought is a random hash of what was read; a large one helps to learn rows by heart.
+        if module is self.thoughts:
             nn.init.normal_(module.embedding.weight, std=0.02)
         if isinstance(module, Gate):
             module.reset()
@@ -332,13 +347,13 @@ class GPT(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """Ids (...) of real tokens, thoughts and RECALL -> (..., D)."""
         V, K = self.config.vocab_size, self.config.n_think
-        number = ids - V
-        is_thought = (number >= 0) & (number < K)
-        token = torch.where(number < 0, ids, ids - K)  # RECALL comes right behind the tokens
-        x = self.embedding(token * ~is_thought)
+        thought = ids - V
+        is_thought = (thought >= 0) & (thought < K)
+        token = torch.where(thought < 0, ids, ids - K)  # RECALL comes right behind the tokens
+        x = self.embedding(token * ~is_thought)  # of thoughts any row, which is not used
         if self.thoughts is None:
             return x
-        return torch.where(is_thought[..., None], self.thoughts(number * is_thought), x)
+        return torch.where(is_thought[..., None], self.thoughts(thought * is_thought), x)
 
     def forward(
         self, x: Tensor, cells: Cells | None = None, cache: Cache | None = None, window: int = 0
@@ -376,7 +391,7 @@ class GPT(nn.Module):
         """x (B, C, D); what the observer sensed (B, C, hs), or None."""
         logits = self.head(x)
         never = torch.full_like(x[..., 0], -torch.inf)
-        heard = x if sensed is None else torch.cat([x, sensed], dim=-1)
+        gate_input = x if sensed is None else torch.cat([x, sensed], dim=-1)
         readings = x[..., :0]
         if sensed is not None:
             log_p = logits.detach().log_softmax(dim=-1)
@@ -386,99 +401,27 @@ class GPT(nn.Module):
         return Output(
             logits,
             x[..., :0] if self.thoughts is None else self.thoughts.head(x),
-            never if self.gate is None else self.gate(heard),
-            never if self.recall_gate is None else self.recall_gate(heard),
+            never if self.gate is None else self.gate(gate_input),
+            never if self.recall_gate is None else self.recall_gate(gate_input),
             readings,
             cache,
         )
 
     def optimiser(self, lr: float, gate_lr: float, decay: float) -> torch.optim.AdamW:
         """AdamW; matrices decay; the gates and the observer have a learning rate of their own."""
-        late = ("gate.", "recall_gate.")
-        gates = {p for n, p in self.named_parameters() if n.startswith(late) or ".observer." in n}
-        matrices = {m.weight for m in self.modules() if isinstance(m, nn.Linear)} - gates
-        rest = [p for p in self.parameters() if p not in matrices and p not in gates]
-        matrices = [p for p in self.parameters() if p in matrices]
-        gates = [p for p in self.parameters() if p in gates]
+        is_matrix = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
+        matrices, rest, gates = [], [], []
+        for name, p in self.named_parameters():
+            if name.startswith(("gate.", "recall_gate.")) or ".observer." in name:
+                gates.append(p)
+            else:
+                (matrices if p in is_matrix else rest).append(p)
         groups = [
             {"params": matrices, "peak_lr": lr, "weight_decay": decay},
             {"params": rest, "peak_lr": lr, "weight_decay": 0.0},
             {"params": gates, "peak_lr": gate_lr, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
-
-    # ------------------------------------------------------------------------------------------
-    # weights from elsewhere
-
-    def warm_start(self, weights: dict[str, Tensor]) -> None:
-        """
-        Begin with the weights of a smaller model: one without thoughts, observer or control tokens
-        that this one has. Overlapping slices are copied; rows beyond them keep their initial value,
-        columns beyond them become zero, so that what is new has no effect yet: it emits what it
-        did. Raises ValueError if the weights do not fit.
-        """
-        own = self.state_dict()
-        new = ("gate.", "recall_gate.", "thoughts.")
-        missing = [n for n in own if n not in weights and not n.startswith(new)]
-        missing = [n for n in missing if ".observer." not in n]
-        wrong = [n for n, w in weights.items() if n not in own or not fits(w, own[n], self.config)]
-        if missing or wrong:
-            names = ", ".join((missing + wrong)[:3])
-            raise ValueError(f"weights of another shape: {names}")
-        with torch.no_grad():
-            for name, w in weights.items():
-                if w.ndim == 2:
-                    own[name][: len(w)] = 0
-                own[name][tuple(slice(size) for size in w.shape)] = w
-
-    @classmethod
-    def from_pretrained(cls, name: str, **changes) -> "GPT":
-        """
-        GPT-2 weights of Hugging Face, e.g. "gpt2", in a model with `changes` to its GPTConfig.
-        Raises ImportError without transformers, OSError or ValueError if there are none to be had.
-        """
-        from transformers import GPT2LMHeadModel
-
-        theirs = GPT2LMHeadModel.from_pretrained(name)
-        c = theirs.config
-        sizes = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
-        sizes |= {"vocab_size": c.vocab_size, "n_positions": c.n_positions}
-        model = cls(GPTConfig(**(changes | sizes)))
-        model.warm_start(from_gpt2(theirs.state_dict()))
-        return model
-
-
-def fits(weight: Tensor, own: Tensor, config: GPTConfig) -> bool:
-    """Whether `own` is the weight or, by an observer, RECALL or REVISE, a little more than it."""
-    more = [a - b for a, b in zip(own.shape, weight.shape)]
-    beside = max(config.n_embd // config.n_head, 1)  # an observer adds columns, the others a row
-    return own.ndim == weight.ndim and more[0] in (0, 1) and all(m in (0, beside) for m in more[1:])
-
-
-def from_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict of Hugging Face's GPT2LMHeadModel -> ours. Its Conv1D keeps its matrices
-    transposed; its head is tied to its embedding."""
-    names = {
-        "ln_1": "norm1",
-        "ln_2": "norm2",
-        "attn.c_attn": "attention.qkv",
-        "attn.c_proj": "attention.proj",
-        "mlp.c_fc": "up",
-        "mlp.c_proj": "down",
-    }
-    word = weights["transformer.wte.weight"]
-    ours = {"embedding.weight": word, "head.weight": word, "head.bias": torch.zeros(len(word))}
-    ours["position.weight"] = weights["transformer.wpe.weight"]
-    for name, value in weights.items():
-        if name.startswith("transformer.ln_f."):
-            ours[name.replace("transformer.ln_f", "norm")] = value
-        if name.startswith("transformer.h."):
-            layer, _, rest = name.removeprefix("transformer.h.").partition(".")
-            module, _, kind = rest.rpartition(".")
-            if module in names:
-                value = value.T if value.ndim == 2 else value
-                ours[f"blocks.{layer}.{names[module]}.{kind}"] = value
-    return ours
 
 
 # ----------------------------------------------------------------------------------------------
@@ -489,21 +432,25 @@ MODES = ("policy", "never", "random", "constant", "swapped")
 
 @dataclass
 class Thinking:
-    """How thoughts are made. All modes but `policy` take them, or what they say, away."""
+    """
+    How thoughts are made. All modes but `policy` are ablations: `never` takes thoughts away, the
+    others what they say. `swapped` gives a sequence the thoughts of the one before it in the batch;
+    a batch of one (`generate`) has no other, there give `instead`.
+    """
 
-    mode: str = "policy"  # one of MODES; swapped: what the sequence before it thinks
+    mode: str = "policy"  # one of MODES
     max_run: int = 1  # thoughts in a row, at most
-    force: float | None = None  # probability of runs of max_run thoughts; None: the gate is asked
-    force_recall: float | None = None  # probability of RECALL; None: its gate is asked
-    price: float | None = None  # nats; think where the observer expects more than that of it
-    explore: float = 0.0  # least probability with which a gate does the one thing, and the other
-    greedy: bool = False  # do the likelier thing, think the likeliest thought
+    force: float | None = None  # at a token, max_run thoughts with this probability, else none
+    force_recall: float | None = None  # RECALL with this probability; None, of both: ask the gate
+    price: float | None = None  # nats; instead: think where the observer says it is worth more
+    explore: float = 0.0  # least probability of yes, and of no, where the gate is asked
+    greedy: bool = False  # do what is likelier, think the likeliest thought
     after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None: all
     constant: int = 0  # the thought of mode `constant`
     window: int = 0  # positions in view, 0 for all
 
     def runs(self, config: GPTConfig) -> int:
-        """Thoughts in a row, at most, of such a model."""
+        """R, thoughts in a row, at most, of such a model."""
         return self.max_run if config.n_bits and self.mode != "never" else 0
 
 
@@ -518,15 +465,14 @@ def decide(logit: Tensor, force: float | None, thinking: Thinking, generator=Non
 
 def wants_to_think(out: Output, run: int, thinking: Thinking, generator=None) -> Tensor:
     """-> (B,) bool, by the last cell of the output, with `run` thoughts since the last token."""
-    logit, force = out.gate[:, -1], thinking.force
     if thinking.price is not None:
-        logit = 1e4 * (out.readings[:, -1, 1] - thinking.price)
-        force = None
-    return decide(logit, 1.0 if force is not None and run else force, thinking, generator)
+        return out.readings[:, -1, READINGS.index("value_of_thinking")] > thinking.price
+    force = 1.0 if thinking.force is not None and run else thinking.force  # a run, once begun
+    return decide(out.gate[:, -1], force, thinking, generator)
 
 
 def choose_thought(model: GPT, h: Tensor, thinking: Thinking, generator=None) -> Tensor:
-    """Numbers of the bits (B, d) -> numbers of the thoughts (B,), by policy or by an ablation."""
+    """h (B, d), see Thoughts -> ids of thoughts (B,), by the model itself or by an ablation."""
     if thinking.mode == "random":
         return model.thoughts.draw(torch.zeros_like(h), generator)
     if thinking.mode == "constant":
@@ -562,17 +508,17 @@ def generate(
     watch: Callable | None = None,
 ) -> list[int]:
     """
-    Continue a prompt by up to `new_tokens` real tokens, or to `stop` -> prompt and answer. At every
-    cell one of four things happens, and only the last of them shows:
+    Continue a prompt by up to `new_tokens` real tokens, or to `stop` -> prompt and answer, without
+    thoughts. Behind every cell, of the prompt too, one of four things happens:
       REVISE  if likelier than all tokens together: back to where the last one was emitted, and
-              another instead
+              another instead; at most `revisions` times
       THINK   a thought is appended, at most max_run in a row
       RECALL  one cell looks at everything, and emits
-      emit    the next token is appended
+      emit    the next token is appended; within the prompt, the one that is given
     The memory stack: for each token, what there was when it was emitted. Pushing costs a reference,
     since a cache is never changed. `instead`: thoughts to think in place of the model's own.
     `watch` is called with what happened, "token", "think", "recall" or "revise", and an id.
-    At most `revisions` tokens are taken back. Raises ValueError for an empty prompt or answer.
+    Raises ValueError for an empty prompt or answer.
     """
     if not prompt or new_tokens < 1:
         raise ValueError("a prompt and its answer hold at least one token each")
@@ -580,7 +526,8 @@ def generate(
     V, RECALL = config.vocab_size, config.vocab_size + config.n_think
     max_run, after = thinking.runs(config), thinking.after
     watch = watch or (lambda what, token: None)
-    tokens, memory_stack, cache, run = [prompt[0]], [], None, 0
+    tokens, cache, run = [prompt[0]], None, 0
+    memory_stack = []  # (tokens, cache, logits) of each token emitted
     watch("token", prompt[0])
     cell = prompt[0]  # the id that goes through the network next
     while True:

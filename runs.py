@@ -126,6 +126,81 @@ def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]
         raise other_version(folder) from None
 
 
+# ----------------------------------------------------------------------------------------------
+# first weights
+
+
+def warm_start(model: GPT, weights: dict[str, Tensor]) -> None:
+    """
+    Begin with the weights of a smaller model: one without thoughts, observer or control tokens
+    that this one has. Overlapping slices are copied; rows beyond them keep their initial value,
+    columns beyond them become zero, so that what is new has no effect yet: it emits what it
+    did. Raises ValueError if the weights do not fit.
+    """
+    own = model.state_dict()  # shares memory with the parameters
+    new = ("gate.", "recall_gate.", "thoughts.")
+    missing = [n for n in own if n not in weights and not n.startswith(new)]
+    missing = [n for n in missing if ".observer." not in n]
+    wrong = [n for n, w in weights.items() if n not in own or not fits(w, own[n], model.config)]
+    if missing or wrong:
+        names = ", ".join((missing + wrong)[:3])
+        raise ValueError(f"weights of another shape: {names}")
+    with torch.no_grad():
+        for name, w in weights.items():
+            if w.ndim == 2:
+                own[name][: len(w)] = 0
+            own[name][tuple(slice(size) for size in w.shape)] = w
+
+
+def fits(weight: Tensor, own: Tensor, config: GPTConfig) -> bool:
+    """Same shape, or one row more (of RECALL or REVISE), or a head's columns more (observer)."""
+    more = [a - b for a, b in zip(own.shape, weight.shape)]
+    head = config.n_embd // config.n_head
+    return own.ndim == weight.ndim and more[0] in (0, 1) and all(m in (0, head) for m in more[1:])
+
+
+def from_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of Hugging Face's GPT2LMHeadModel -> ours. Its Conv1D keeps its matrices
+    transposed; its head is tied to its embedding."""
+    names = {
+        "ln_1": "norm1",
+        "ln_2": "norm2",
+        "attn.c_attn": "attention.qkv",
+        "attn.c_proj": "attention.proj",
+        "mlp.c_fc": "up",
+        "mlp.c_proj": "down",
+    }
+    word = weights["transformer.wte.weight"]
+    ours = {"embedding.weight": word, "head.weight": word, "head.bias": torch.zeros(len(word))}
+    ours["position.weight"] = weights["transformer.wpe.weight"]
+    for name, value in weights.items():
+        if name.startswith("transformer.ln_f."):
+            ours[name.replace("transformer.ln_f", "norm")] = value
+        if name.startswith("transformer.h."):
+            layer, _, rest = name.removeprefix("transformer.h.").partition(".")
+            module, _, kind = rest.rpartition(".")
+            if module in names:
+                value = value.T if value.ndim == 2 else value
+                ours[f"blocks.{layer}.{names[module]}.{kind}"] = value
+    return ours
+
+
+def from_pretrained(name: str, **changes) -> GPT:
+    """
+    GPT-2 weights of Hugging Face, e.g. "gpt2", in a model with `changes` to its GPTConfig.
+    Raises ImportError without transformers, OSError or ValueError if there are none to be had.
+    """
+    from transformers import GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel.from_pretrained(name)
+    c = theirs.config
+    sizes = {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+    sizes |= {"vocab_size": c.vocab_size, "n_positions": c.n_positions}
+    model = GPT(GPTConfig(**(changes | sizes)))
+    warm_start(model, from_gpt2(theirs.state_dict()))
+    return model
+
+
 def first_model(config, vocabulary: Vocabulary) -> GPT:
     """The model that a train.Config asks for, with its first weights. Raises DataError."""
     shared = {f.name for f in dataclasses.fields(GPTConfig)}
@@ -134,13 +209,13 @@ def first_model(config, vocabulary: Vocabulary) -> GPT:
     source = config.init_from
     try:
         if source.startswith("hf:"):
-            return GPT.from_pretrained(source[3:], **sizes)
+            return from_pretrained(source[3:], **sizes)
         model = GPT(GPTConfig(**sizes))
         if source:
             state = load_checkpoint(source)
             if load_vocabulary(state["meta"]).tokens != vocabulary.tokens:
                 raise DataError(f"the model in {source} has another vocabulary")
-            model.warm_start(state["model"])
+            warm_start(model, state["model"])
         return model
     except ImportError:
         message = "GPT-2 weights need the package transformers: pip install transformers"

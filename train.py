@@ -11,12 +11,18 @@ Writes to `out`: checkpoint.pt, metrics.jsonl, config.json and, at the end, repo
 report.png (lab/report.py). Not here: the network (model.py) and any task (data/).
 
 Glossary, beside model.py's
+  rollout         walking through sequences from left to right, thoughts drawn, real tokens given
   grid            a batch of rollouts: behind each real token, slots for what may follow it
+  R               thoughts in a row, at most (max_run)
   full pass       one parallel forward over the grid, everything in view that was in the rollout
   truncated pass  another, in which a sequence sees nothing from before a cut
-  cut             a thought; what came before it is forgotten
-  warm-up         thoughts cost nothing and are forced; in the cost phase that follows, the gate is
-                  asked, and each thought has its price
+  cut             a place right before a thought: nothing before it is visible from there on
+  level           how hard a sequence is, e.g. how many operations it has
+  warm-up         thoughts cost nothing and are forced; in the cost phase that follows (`paid`), the
+                  gate is asked, and each thought has its price
+  demonstration   a sequence whose thoughts the data show
+  batch           real (B, T) ids, length (B,), prompt (B,) its tokens, level (B,), thoughts (B, T,
+                  R) demonstrated, wrong (B, T) first guesses, shown (B,): see data/dataset.py
 """
 
 import dataclasses
@@ -82,7 +88,7 @@ class Config:
     steps: int = option(1500, "optimiser steps", 1)
     batch_tokens: int = option(512, "real tokens a step and process, all rollouts counted", 1)
     lr: float = option(2e-3, "peak learning rate", 0)
-    gate_lr: float = option(5e-3, "of the gates and the observer: they start late", 0)
+    gate_lr: float = option(5e-3, "peak learning rate of gates and observer", 0)
     weight_decay: float = option(0.01, "of matrices", 0)
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
     # thoughts
@@ -90,12 +96,12 @@ class Config:
     force_think_prob: float = option(1.0, "probability of a run of thoughts in the warm-up", 0, 1)
     warm_up: float = option(0.4, "share of the steps, at least, before thoughts cost", 0, 1)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
-    forget: float = option(0.8, "share of sequences that are cut in the truncated pass", 0, 1)
-    cuts: int = option(1, "truncated passes a step; all but the first are cut late", 1)
-    thinking_weight: float = option(1.0, "of the token loss of a cell that goes on to think", 0)
-    rollouts: int = option(4, "of each sequence in the cost phase, baselines of each other", 1)
-    horizon: int = option(0, "tokens whose loss a thought is rewarded by; 0: all that follow", 0)
-    explore: float = option(0.0, "least probability of what the gate does not want", 0, 0.5)
+    forget: float = option(0.8, "share of the sequences that are cut in a truncated pass", 0, 1)
+    cuts: int = option(1, "truncated passes a step; all but the first cut late (draw_cut)", 1)
+    thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
+    rollouts: int = option(4, "of each sequence in the cost phase, compared with each other", 1)
+    horizon: int = option(0, "a thought is rewarded by the loss of so many next tokens; 0: all", 0)
+    explore: float = option(0.0, "least probability of a gate's yes, and of its no", 0, 0.5)
     # habits
     eval_every: int = option(250, "steps between validations, each with a checkpoint", 1)
     eval_rows: int = option(200, "validation sequences a level", 1)
@@ -106,12 +112,15 @@ class Config:
 # the grid
 
 
+RECALL_SLOT, WRONG_SLOT = -2, -1  # the last two slots of a token
+
+
 class Grid(NamedTuple):
     """
     Rollouts of B sequences of T real tokens, with S = 1 + R + 2 slots a token: slot 0 holds the
     token, 1 to R the thoughts that follow it, then RECALL, then a wrong token that teaches REVISE.
-    A present cell of token t predicts token t + 1, but the wrong token, which predicts REVISE.
-    Reading order is `flatten(1)`. A sequence's last token is predicted, and never present itself.
+    Reading order is `flatten(1)`. A present cell of token t predicts token t + 1; but the cell of a
+    wrong token predicts REVISE. A sequence's last token is predicted, and never present itself.
     """
 
     token: Tensor  # (B, T, S) ids; slot 0 also behind a sequence's end
@@ -119,11 +128,12 @@ class Grid(NamedTuple):
 
     @property
     def thinks(self) -> Tensor:  # (B, T, S) a thought follows this cell
-        return self.present & F.pad(self.present[:, :, 1:-2], (0, 3))
+        return self.present & F.pad(self.present[:, :, 1:RECALL_SLOT], (0, 3))
 
     @property
     def recalls(self) -> Tensor:  # (B, T, S) RECALL follows this cell
-        return without_last(self.present & ~self.thinks & self.present[:, :, -2:-1], 2)
+        recall = self.present[:, :, RECALL_SLOT, None]
+        return without_last(self.present & ~self.thinks & recall, 2)
 
     @property
     def emits(self) -> Tensor:  # (B, T, S) this cell says the next token
@@ -140,24 +150,27 @@ class Grid(NamedTuple):
         real = self.token[:, :, 0]
         return F.pad(real[:, 1:], (0, 1))[:, :, None].expand_as(self.token)
 
-    def next_thought(self, V: int) -> Tensor:  # (B, T, S) its number where a cell thinks, else 0
+    def next_thought(self, V: int) -> Tensor:  # (B, T, S) where a cell thinks: what; else 0
         return (self.token.roll(-1, dims=2) - V) * self.thinks
 
 
 def without_last(cells: Tensor, count: int) -> Tensor:
-    """(B, T, S) bool -> the same, False in the last slots: 1 a wrong token, 2 RECALL, 3 no gate."""
+    """
+    (B, T, S) bool -> the same, False in the last slots of a token. count 1: in the wrong token's;
+    2: in RECALL's, too; 3: in the last thought's, too, behind which no gate is asked.
+    """
     return F.pad(cells[:, :, :-count], (0, count))
 
 
 def may_think(grid: Grid, thinking: Thinking) -> Tensor:
     """-> (B, T, S): the gate is asked here."""
-    asked = without_last(grid.present, 3)  # nor behind the last thought of a run
+    asked = without_last(grid.present, 3)
     if thinking.after is not None:
         asked[:, :, 0] &= thinking.after.to(asked.device)[grid.token[:, :, 0]]
     return asked
 
 
-LET = -2  # in `forced`: as the gate says
+ASK_GATE = -2  # in `forced`
 
 
 @torch.no_grad()
@@ -167,46 +180,47 @@ def rollout(
     """
     Walk all sequences, real (B, T) ids of length (B,), from left to right, every token given. At
     token t the gate is asked for a thought, then behind that thought for the next, until no
-    sequence thinks; the last one goes through the network together with token t + 1.
-    forced: (B, T, R) thoughts to think there, -1 for none, LET for what the gate says; None: LET.
+    sequence thinks; the last thought waits, and goes through the network with token t + 1.
+    forced: (B, T, R) thoughts to think there, -1: none, ASK_GATE: as the gate says. None: ASK_GATE.
     """
-    T, V, K = real.size(1), model.config.vocab_size, model.config.n_think
-    R, recall = thinking.runs(model.config), model.config.recall
+    T, V, R = real.size(1), model.config.vocab_size, thinking.runs(model.config)
+    recall = model.config.recall
     token = real[:, :, None].repeat(1, 1, R + 3)
-    token[:, :, -2] = V + K if recall else 0
+    token[:, :, RECALL_SLOT] = V + model.config.n_think if recall else 0
     present = torch.zeros_like(token, dtype=torch.bool)
     present[:, :, 0] = torch.arange(T, device=real.device) + 1 < length[:, None]
-    grid, cache, feed, count = Grid(token, present), None, [], torch.zeros_like(length)[:, None]
+    grid, cache, count = Grid(token, present), None, torch.zeros_like(length)[:, None]
     if not R and not recall:
         return grid
+    waiting = []  # (t, slot) of cells that have not gone through the network
     for t in range(int(length.max()) - 1):
-        feed.append((t, 0))  # slots that go through the network now
-        for last in range(R + 1 if recall else R):  # slot of the token's last cell so far
-            here = torch.stack([present[:, i, slot] for i, slot in feed], dim=1)
-            ids = torch.stack([token[:, i, slot] for i, slot in feed], dim=1)
-            cells = Cells((count + here.cumsum(dim=1) - 1).clamp(min=0), seen=here)
-            out = model(ids, cells, cache, thinking.window)
-            count = count + here.sum(dim=1, keepdim=True)
-            cache = out.cache.last(thinking.window * (1 + R))
-            thinks = present[:, t, last] & (last < R)
-            if last == 0 and thinking.after is not None:
+        waiting.append((t, 0))
+        for slot in range(R + 1 if recall else R):  # of the last cell; RECALL may follow any
+            ids = torch.stack([token[:, i, j] for i, j in waiting], dim=1)  # (B, 1 or 2)
+            here = torch.stack([present[:, i, j] for i, j in waiting], dim=1)
+            position = (count + here.cumsum(dim=1) - 1).clamp(min=0)
+            out = model(ids, Cells(position, seen=here), cache, thinking.window)
+            count = count + here.sum(dim=1, keepdim=True)  # (B, 1) cells so far
+            cache = out.cache.last(thinking.window * (1 + R))  # absent cells take columns, too
+            thinks = present[:, t, slot] & (slot < R)
+            if slot == 0 and thinking.after is not None:
                 thinks = thinks & thinking.after.to(real.device)[real[:, t]]
-            if last < R:
-                wants = wants_to_think(out, last, thinking, generator)
+            if slot < R:
+                wants = wants_to_think(out, slot, thinking, generator)
                 thought = choose_thought(model, out.thoughts[:, -1], thinking, generator)
                 if forced is not None:
-                    told = forced[:, t, last]
-                    wants = torch.where(told == LET, wants, told >= 0)
-                    thought = torch.where(told >= 0, told, thought)
+                    given = forced[:, t, slot]
+                    wants = torch.where(given == ASK_GATE, wants, given >= 0)
+                    thought = torch.where(given >= 0, given, thought)
                 thinks = thinks & wants
-                token[:, t, last + 1], present[:, t, last + 1] = V + thought, thinks
+                token[:, t, slot + 1], present[:, t, slot + 1] = V + thought, thinks
             if recall:
                 looks = decide(out.recall[:, -1], thinking.force_recall, thinking, generator)
-                present[:, t, -2] |= present[:, t, last] & ~thinks & looks
+                present[:, t, RECALL_SLOT] |= present[:, t, slot] & ~thinks & looks
             if not thinks.any():
-                feed = []
+                waiting = []
                 break
-            feed = [(t, last + 1)]
+            waiting = [(t, slot + 1)]
     return grid
 
 
@@ -236,8 +250,8 @@ def read(
     """
     One parallel pass over a grid. Only the cells `used` (B, T, S) go through the network, moved
     together to the left; None: those that are present. segment (B, T, S): cells see their own only.
-    h (B, T, S, d): numbers of another pass's thoughts, into which the gradient of a thought goes on
-    (model.Thoughts.echo), where the cell that holds it is one of `echoes` (B, T, S).
+    h (B, T, S, d): what another pass made its thoughts of; the gradient of a thought in one of the
+    cells `echoes` (B, T, S) flows on into the h of the cell before it (model.Thoughts.echo).
     """
     used = grid.present if used is None else used
     (B, T, S), config = used.shape, model.config
@@ -255,15 +269,15 @@ def read(
     target = grid.target
     if config.revise:
         target = target.clone()
-        target[:, :, -1] = config.vocab_size
+        target[:, :, WRONG_SLOT] = config.vocab_size
     cells = Cells(pick(grid.position), None if segment is None else pick(segment))
     if config.recall or config.revise:  # nobody sees those cells, and RECALL sees everything
-        opens = torch.zeros_like(used)
-        opens[:, :, -2] = True
-        cells = cells._replace(seen=pick(without_last(used, 2)), sees_all=pick(opens))
+        is_recall = torch.zeros_like(used)
+        is_recall[:, :, RECALL_SLOT] = True
+        cells = cells._replace(seen=pick(without_last(used, 2)), sees_all=pick(is_recall))
     x = model.embed(pick(grid.token))  # (B, W, D)
     if h is not None:
-        before = F.pad(h[:, :, :-1], (0, 0, 1, 0))  # a thought stands one slot behind its numbers
+        before = F.pad(h[:, :, :-1], (0, 0, 1, 0))  # of the cell before, which thought it
         x = x + model.thoughts.echo(pick(before)) * pick(echoes)[..., None]
     parts, cache = [], None
     for start in range(0, width, CHUNK):
@@ -290,38 +304,39 @@ class Cut(NamedTuple):
     left: Grid  # without thoughts that are hidden
     used: Tensor  # (B, T, S) cells behind the cut; of a sequence without one, all
     segment: Tensor  # (B, T, S)
-    depth: Tensor  # (B,) places for a cut behind this one; 0 where no thought is hidden
+    depth: Tensor  # (B,) thoughts of the prompt behind the cut, which are hidden
 
 
 def draw_cut(grid: Grid, batch: Batch, share: float, late: float = CUT_LATE) -> Cut:
     """
-    A cut falls at a thought right behind a token of the prompt (not its last), so that this thought
-    is the first thing in view. A share of the sequences is cut, at any such place alike. But a
-    share `late` of those is cut at the last place, or the one before, or the one before that ..,
-    with probabilities 1/2, 1/4, 1/8 .., and thinks no more behind it. Then the thought at the cut
-    must tell by itself what the next few tokens need: not only the answer, but all that makes a
-    difference to it later. Otherwise a later thought, thought in full view, would know it.
-    A text is all prompt, and every token counts: there each place of a sequence is a cut.
+    A cut falls right before a thought that follows a token of the prompt (not its last), so that
+    this thought is the first thing in view. A `share` of the sequences is cut, at a random such
+    place. But a share `late` of those is cut at the last place, or the one before, or the one
+    before that .., with probabilities 1/2, 1/4, 1/8 .., and loses its thoughts behind that place.
+    Then the thought at the cut must tell by itself what the next few tokens need: not only the
+    answer, but all that makes a difference to it later. Otherwise a later thought, thought in full
+    view, would know it. In a text, which is all prompt and every token counts, each place of a
+    sequence is a cut.
     """
     (B, T, S), device = grid.token.shape, grid.token.device
     t = torch.arange(T, device=device)
     places = grid.present[:, :, 1] & (t + 1 < batch.prompt[:, None])  # (B, T)
     behind = places.flip(1).cumsum(dim=1).flip(1) - 1  # (B, T) places behind each place
-    depth = (-torch.rand(B, 1, device=device).clamp(min=1e-6).log2()).long()
+    depth = (-torch.rand(B, 1, device=device).clamp(min=1e-6).log2()).long()  # 0: 1/2, 1: 1/4 ..
     depth = torch.minimum(depth, behind[:, :1]).clamp(min=0)
     anywhere = torch.rand(B, T, device=device).masked_fill(~places, -1).argmax(dim=1)
     is_text = (batch.prompt == batch.length)[:, None]
     is_cut = torch.rand(B, 1, device=device) < share
     is_late = (torch.rand(B, 1, device=device) < late) & is_cut & places.any(1, True) & ~is_text
-    first = torch.where(is_late, behind == depth, F.one_hot(anywhere, T).bool()) | is_text
-    first = first & places & is_cut  # (B, T)
-    since = first.cumsum(dim=1)  # (B, T) cuts so far
+    cuts = torch.where(is_late, behind == depth, F.one_hot(anywhere, T).bool()) | is_text
+    cuts = cuts & places & is_cut  # (B, T)
+    so_far = cuts.cumsum(dim=1)  # (B, T) cuts up to each token, its own included
     present = without_last(grid.present, 1)
-    hidden = is_late & (since > 0) & ~first
-    present[:, :, 1:-2] &= ~hidden[:, :, None]
-    segment = since[:, :, None].repeat(1, 1, S)
-    segment[:, :, 0] -= first.long()  # the token before the thought stays behind
-    used = present & ((segment > 0) | ~first.any(dim=1)[:, None, None])
+    hidden = is_late & (so_far > 0) & ~cuts
+    present[:, :, 1:RECALL_SLOT] &= ~hidden[:, :, None]
+    segment = so_far[:, :, None].repeat(1, 1, S)
+    segment[:, :, 0] -= cuts.long()  # the token before the thought stays in front of the cut
+    used = present & ((segment > 0) | ~cuts.any(dim=1)[:, None, None])
     return Cut(grid._replace(present=present), used, segment, (depth * is_late)[:, 0])
 
 
@@ -330,7 +345,7 @@ def draw_cut(grid: Grid, batch: Batch, share: float, late: float = CUT_LATE) -> 
 
 
 def mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean -> scalar; 0 where nothing has weight."""
+    """Weighted mean -> scalar; the weights are counts or shares; 0 where nothing has weight."""
     return (x * weight).sum() / weight.sum().clamp(min=1)
 
 
@@ -343,9 +358,10 @@ def counted_tokens(batch: Batch) -> Tensor:
 def token_loss(loss: Tensor, grid: Grid, counted: Tensor, thinking_weight: float) -> Tensor:
     """
     Mean of the (B, T, S) loss over the cells that emit a token that counts -> scalar. A cell that
-    goes on to think, or to RECALL, is charged for what it would have said, with a weight. That
-    closes a leak: a later thought may know the answer, but the cell before it must do with the
-    thought at the cut. And the gate's choice is between two things that are both trained.
+    goes on to think, or to RECALL, is charged with a weight for what it would have emitted. So, of
+    the two things between which the gate chooses, both are trained. And in the truncated pass the
+    thought at the cut has to serve: a thought behind it was thought in full view and may know the
+    answer, but the cell before that one does not see it.
     """
     weight = grid.emits + thinking_weight * (grid.thinks | grid.recalls)
     return mean(loss, weight * counted)
@@ -366,8 +382,8 @@ def return_to_go(cost: Tensor, grid: Grid, price: float, horizon: int = 0) -> Te
 def baseline(returns: Tensor, cost: Tensor, rollouts: int) -> Tensor:
     """
     What a return-to-go is compared with: the mean, at the same token, of the other rollouts of the
-    sequence, which stand in groups (Kool et al. 2019, RLOO) -> (B, T, 1); or of a single rollout
-    what emitting at once would have cost -> (B, T, S).
+    sequence, which stand one behind the other (Kool et al. 2019, RLOO) -> (B, T, 1); or of a single
+    rollout what emitting at once would have cost -> (B, T, S), which is meant for a horizon of 1.
     """
     if rollouts == 1:
         return -cost
@@ -422,7 +438,10 @@ IMITATE = 0.01  # weight of imitation_loss
 
 
 def imitation_loss(model: GPT, kept: Pass, left: Grid) -> Tensor:
-    """-log p, in the truncated pass, of the thoughts behind the cut, thought in full view."""
+    """
+    -log p, in the truncated pass, of the rollout's thoughts: behind the cut one should think what
+    one thought in full view. In sequences without a cut it makes the bits decided.
+    """
     number = left.next_thought(model.config.vocab_size)
     return -mean(model.thoughts.log_probability(kept.thoughts, number), left.thinks)
 
@@ -447,8 +466,8 @@ def with_wrong_tokens(grid: Grid, batch: Batch, share: float, V: int) -> Grid:
     wrong = torch.where(batch.wrong >= 0, batch.wrong, torch.where(tried, drawn, -1))
     wrong = F.pad(wrong[:, 1:], (0, 1), value=-1)  # it stands behind the token before it
     token, present = grid.token.clone(), grid.present.clone()
-    token[:, :, -1] = wrong.clamp(min=0)
-    present[:, :, -1] = (wrong >= 0) & counted_tokens(batch)[:, :, 0] & present[:, :, 0]
+    token[:, :, WRONG_SLOT] = wrong.clamp(min=0)
+    present[:, :, WRONG_SLOT] = (wrong >= 0) & counted_tokens(batch)[:, :, 0] & present[:, :, 0]
     return Grid(token, present)
 
 
@@ -460,8 +479,8 @@ def answers_right(out: Pass, grid: Grid, counted: Tensor) -> Tensor:
 def hybrid_loss(model, grid: Grid, batch: Batch, thinking: Thinking, config: Config, paid: bool):
     """
     All of a training step between rollout and optimiser -> {name: term}, which add up to the loss,
-    and for the curriculum (B,) bool: the answer is right with the past cut off; and where one may
-    expect it.
+    and for the curriculum two (B,) bool: the answer is right with the past cut off; and that may
+    be expected, since no thought behind the cut was hidden.
     """
     counted, window, terms = counted_tokens(batch), config.window, {}
     if config.revise:
@@ -470,14 +489,19 @@ def hybrid_loss(model, grid: Grid, batch: Batch, thinking: Thinking, config: Con
     terms["tokens"] = token_loss(out.loss, grid, counted, config.thinking_weight)
     right, expected = answers_right(out, grid, counted), torch.ones_like(batch.shown)
     if config.revise:
-        weight = mean(grid.present[:, :, -1].float(), grid.present[:, :, 0] & counted[:, :, 0])
-        terms["revise"] = weight * mean(out.loss[:, :, -1], grid.present[:, :, -1])
+        wrong = grid.present[:, :, WRONG_SLOT]  # each weighs as much as a token does
+        share = mean(wrong.float(), grid.present[:, :, 0] & counted[:, :, 0])
+        terms["revise"] = share * mean(out.loss[:, :, WRONG_SLOT], wrong)
 
-    if model.config.n_bits:  # truncated passes, through which later losses reach earlier thoughts
+    # Truncated passes: what comes after a cut needs the thought there, and only here the losses of
+    # later tokens reach the h of earlier thoughts. In full view nobody needs a thought, for the
+    # prompt can be looked up: its gradient would teach little, and costs as much.
+    if model.config.n_bits:
         echoes = F.pad(grid.thinks[:, :, :-1], (1, 0)) & ~batch.shown[:, None, None]
         for look in range(config.cuts if config.forget else 1):
             cut = draw_cut(grid, batch, config.forget, 1.0 if look else CUT_LATE)
-            used = cut.left.present if config.recall else cut.used  # RECALL sees past a cut
+            # RECALL sees past a cut, so then all cells go through; only those behind it are charged
+            used = cut.left.present if config.recall else cut.used
             kept = read(model, grid, window, used, cut.segment, out.thoughts, echoes)
             left = cut.left._replace(present=cut.used)
             loss = token_loss(kept.loss, left, counted, config.thinking_weight)
@@ -558,8 +582,8 @@ def pools(count: dict[int, int]) -> list[int]:
 
 class Curriculum:
     """
-    Short problems first, longer ones when the newest in use are mastered. It counts what is right,
-    not nats, so that it knows no task.
+    Short problems first, longer ones when the newest in use are mastered. It counts right answers,
+    not nats: what a good loss is differs between tasks.
     """
 
     def __init__(self, count: dict[int, int], grows: bool = True):
@@ -611,14 +635,15 @@ class Curriculum:
 # ----------------------------------------------------------------------------------------------
 # the loop
 
-WARM_STEPS, FINAL_LR, CLIP = 100, 0.1, 1.0  # of the learning rate; and the gradient's largest norm
+# steps in which the learning rate rises, share of it at the end, largest norm of the gradient
+RISE, FINAL_LR, CLIP = 100, 0.1, 1.0
 LOG_EVERY = 50
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rates: linear warm-up, then cosine decay to FINAL_LR."""
+    """Share of the peak learning rates: a linear rise, and cosine decay to FINAL_LR."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1, (step + 1) / WARM_STEPS) * (FINAL_LR + (1 - FINAL_LR) * cosine)
+    return min(1, (step + 1) / RISE) * (FINAL_LR + (1 - FINAL_LR) * cosine)
 
 
 def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking:
@@ -690,7 +715,7 @@ class Trainer:
         forced = None
         if batch.thoughts.size(2):
             forced = F.pad(batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=-1)
-            forced = torch.where(batch.shown[:, None, None], forced, LET)
+            forced = torch.where(batch.shown[:, None, None], forced, ASK_GATE)
         half = self.device == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(self.device, torch.bfloat16) if half else nullcontext():
             grid = rollout(self.model, batch.real, batch.length, thinking, forced=forced)

@@ -184,9 +184,9 @@ def intervene(subject: Subject, batch: Batch, own: Tensor, cell: Tensor) -> Tens
     near = (later >= 0) & (later < (trained.horizon or T))
     counted, costs = train.counted_tokens(batch)[:, :, 0] & near, []
     for told in (torch.full_like(own, -1), own):
-        forced = torch.full((B, T * R), train.LET).scatter(1, cell[:, None], told).view(B, T, R)
+        forced = torch.full((B, T * R), train.ASK_GATE).scatter(1, cell[:, None], told)
         how = subject.model, batch.real, batch.length, subject.thinking
-        grid = train.rollout(*how, forced=forced)
+        grid = train.rollout(*how, forced=forced.view(B, T, R))
         loss = train.read(subject.model, grid, trained.window).loss * grid.emits
         costs.append((loss.sum(dim=2) * counted).sum(dim=1))
     return costs[0] - costs[1]

@@ -13,7 +13,15 @@ import train
 from data.dataset import Batch
 from lab import control
 from model import Thinking, generate
-from train import LET, answers_right, counted_tokens, draw_cut, read, rollout, with_wrong_tokens
+from train import (
+    ASK_GATE,
+    answers_right,
+    counted_tokens,
+    draw_cut,
+    read,
+    rollout,
+    with_wrong_tokens,
+)
 
 # ----------------------------------------------------------------------------------------------
 # who sees RECALL and wrong tokens, and what they see
@@ -256,7 +264,7 @@ def test_a_sequence_thinks_as_before_but_anothers_thought_at_one_place(tiny, bat
     able = right & (thoughts[:, 1, 0] >= 0)
     assert 1 < found["rows"] == able.sum()
     for b in able.nonzero()[:, 0]:
-        assert torch.equal(forced[b, 0], thoughts[b, 0]) and (forced[b, 2:] == LET).all()
+        assert torch.equal(forced[b, 0], thoughts[b, 0]) and (forced[b, 2:] == ASK_GATE).all()
         donors = [d for d in range(30) if able[d] and torch.equal(batch.real[d, 3:], other[b, 3:])]
         assert torch.equal(other[b, :3], own[b, :3]) and not torch.equal(other[b, 3:], own[b, 3:])
         assert any(torch.equal(forced[b, 1], thoughts[d, 1]) for d in donors)

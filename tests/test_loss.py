@@ -12,7 +12,7 @@ import train
 from data.dataset import Batch
 from model import Thinking
 from train import (
-    LET,
+    ASK_GATE,
     Config,
     Pass,
     answers_right,
@@ -538,7 +538,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(
     batch = Batch.plain(real, length[::4], torch.full((3,), 2), length[::4])
     batch = batch._replace(shown=shown, **more).repeat(4)
     thinking = Thinking(max_run=2, explore=explore, window=5)
-    forced = torch.where(batch.shown[:, None, None], batch.thoughts, LET)
+    forced = torch.where(batch.shown[:, None, None], batch.thoughts, ASK_GATE)
     torch.manual_seed(3)
     grid = rollout(model, batch.real, length, thinking, forced=forced)
     config = Config(

@@ -18,11 +18,11 @@ from model import (
     choose_thought,
     choose_token,
     decide,
-    from_gpt2,
     generate,
     visible,
     wants_to_think,
 )
+from runs import from_gpt2, warm_start
 
 
 def ids(rows=3, cells=9, seed=0, total=V + K):
@@ -317,7 +317,7 @@ def test_the_observer_moves_nothing_that_it_watches(tiny):
 @pytest.mark.parametrize("more", [{"observer": "quarters"}, {"recall": True}, {"revise": True}])
 def test_what_is_new_has_no_effect_yet(tiny, more):
     small, large = tiny(), tiny(seed=1, **more)
-    large.warm_start(small.state_dict())
+    warm_start(large, small.state_dict())
     known, found = small(ids()), large(ids())
     torch.testing.assert_close(found.logits[..., :V], known.logits)
     torch.testing.assert_close(found[1:3], known[1:3])  # what it thinks, and when
@@ -325,14 +325,14 @@ def test_what_is_new_has_no_effect_yet(tiny, more):
 
 def test_a_plain_gpt_may_learn_to_think(tiny):
     plain, thinker = tiny(n_bits=0), tiny(seed=1)
-    thinker.warm_start(plain.state_dict())
+    warm_start(thinker, plain.state_dict())
     torch.testing.assert_close(thinker(ids(total=V)).logits, plain(ids(total=V)).logits)
 
 
 @pytest.mark.parametrize("other", [{"n_embd": 32}, {"n_layer": 1}, {"n_layer": 3}, {"n_bits": 3}])
 def test_weights_that_do_not_fit_are_refused(tiny, other):
     with pytest.raises(ValueError, match="another shape"):
-        tiny().warm_start(tiny(**other).state_dict())
+        warm_start(tiny(), tiny(**other).state_dict())
 
 
 def test_gpt2_emits_what_it_does_in_transformers():
@@ -343,7 +343,7 @@ def test_gpt2_emits_what_it_does_in_transformers():
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     ours = GPT(GPTConfig(vocab_size=V, n_bits=2, observer="quarters", **sizes)).eval()
-    ours.warm_start(from_gpt2(theirs.state_dict()))
+    warm_start(ours, from_gpt2(theirs.state_dict()))
     x = ids(total=V)
     torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=1e-4, rtol=1e-4)
 

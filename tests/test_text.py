@@ -23,7 +23,8 @@ from data.dataset import (
 )
 from data.shakespeare import prepare
 from lab import study
-from model import GPT, GPTConfig, Thinking, from_gpt2
+from model import GPT, GPTConfig, Thinking
+from runs import from_gpt2, warm_start
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +137,15 @@ def test_gpt2_byte_pairs_without_a_network_say_what_to_do(monkeypatch):
 def test_a_plain_model_that_gets_thoughts_says_what_it_said(tiny):
     plain, model = tiny(0, n_bits=0), tiny(1, observer="0", recall=True, revise=True)
     before = {name: part.clone() for name, part in model.thoughts.state_dict().items()}
-    model.warm_start(plain.state_dict())
+    warm_start(model, plain.state_dict())
     x = torch.randint(5, (2, 7))
     torch.testing.assert_close(model(x).logits[..., :5], plain(x).logits)
     kept = model.thoughts.state_dict()
     assert all(torch.equal(kept[name], part) for name, part in before.items()), "they are new"
     with pytest.raises(ValueError, match="blocks.1"):
-        tiny(0, n_layer=1).warm_start(plain.state_dict())
+        warm_start(tiny(0, n_layer=1), plain.state_dict())
     with pytest.raises(ValueError, match="embedding.weight"):
-        tiny(0, vocab_size=7).warm_start(plain.state_dict())
+        warm_start(tiny(0, vocab_size=7), plain.state_dict())
 
 
 def test_gpt2_weights_give_gpt2s_logits():
@@ -155,7 +156,7 @@ def test_gpt2_weights_give_gpt2s_logits():
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     ours = GPT(GPTConfig(n_bits=2, **sizes)).eval()
-    ours.warm_start(from_gpt2(theirs.state_dict()))
+    warm_start(ours, from_gpt2(theirs.state_dict()))
     x = torch.randint(50, (2, 32))
     torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="end after 32"):
