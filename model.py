@@ -25,7 +25,7 @@ Glossary
 References
   GPT-2 (Radford et al. 2019) and nanoGPT for the network; RoPE (Su et al. 2021, arXiv:2104.09864)
   for positions; bits: Bengio et al. 2013, arXiv:1308.3432, and finite scalar quantisation
-  (Mentzer et al. 2023, arXiv:2309.15505)
+  (Mentzer et al. 2023, arXiv:2309.15505); Muon: kellerjordan.github.io/posts/muon
 """
 
 import math
@@ -407,21 +407,31 @@ class GPT(nn.Module):
             cache,
         )
 
-    def optimiser(self, lr: float, gate_lr: float, decay: float) -> torch.optim.AdamW:
-        """AdamW; matrices decay; the gates and the observer have a learning rate of their own."""
+    def optimisers(self, lr: float, gate_lr: float, decay: float) -> list[torch.optim.Optimizer]:
+        """
+        Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else; Muon's steps
+        are scaled to be as large as AdamW's. Matrices decay, the gates and the observer excepted,
+        which have a learning rate of their own.
+        """
+        blocks, matrices, gates, rest = [], [], [], []
         is_matrix = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
-        matrices, rest, gates = [], [], []
         for name, p in self.named_parameters():
             if name.startswith(("gate.", "recall_gate.")) or ".observer." in name:
                 gates.append(p)
+            elif p in is_matrix:
+                (blocks if name.startswith("blocks.") else matrices).append(p)
             else:
-                (matrices if p in is_matrix else rest).append(p)
+                rest.append(p)
+        in_blocks = {"params": blocks, "peak_lr": lr, "weight_decay": decay}
         groups = [
             {"params": matrices, "peak_lr": lr, "weight_decay": decay},
-            {"params": rest, "peak_lr": lr, "weight_decay": 0.0},
             {"params": gates, "peak_lr": gate_lr, "weight_decay": 0.0},
+            {"params": rest, "peak_lr": lr, "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
+        return [
+            torch.optim.Muon([in_blocks], lr=lr, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95)),
+        ]
 
 
 # ----------------------------------------------------------------------------------------------

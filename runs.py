@@ -105,7 +105,7 @@ def load_checkpoint(folder: str, device: str = "cpu") -> dict:
     except Exception as error:
         reason = f"({type(error).__name__}): it is damaged or not ours"
         raise DataError(f"{path} cannot be read as a checkpoint {reason}") from None
-    parts = {"config", "network", "meta", "model", "optimiser", "progress", "curriculum"}
+    parts = {"config", "network", "meta", "model", "optimisers", "progress", "curriculum"}
     if not isinstance(state, dict) or not parts <= set(state):
         raise other_version(folder)
     return state

@@ -24,7 +24,7 @@ from data.dataset import DataError, Vocabulary
 from model import GPT, MODES, generate
 from options import load_config, option, run
 from runs import load_model, pick_device
-from train import Config, as_trained
+from train import as_trained, trained_config
 
 DEFAULT_PROMPT = "3+4*2="
 RECALL = ("policy", "never", "always")
@@ -135,7 +135,7 @@ def main(argv: list[str]) -> None:
     model, vocabulary, state = load_model(config.run, device)
     check(config, model, prompts)
     ids = {prompt: vocabulary.encode(prompt) for prompt in prompts}
-    trained, thinking = Config(**state["config"]), as_trained(state, vocabulary)
+    trained, thinking = trained_config(state), as_trained(state, vocabulary)
     if config.window >= 0:
         thinking.window = config.window
     elif vocabulary.row_end < 0 and not thinking.window:  # a text has no end, its windows have

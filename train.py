@@ -26,6 +26,7 @@ Glossary, beside model.py's
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -87,7 +88,7 @@ class Config:
     # optimisation
     steps: int = option(1500, "optimiser steps", 1)
     batch_tokens: int = option(512, "real tokens a step and process, all rollouts counted", 1)
-    lr: float = option(2e-3, "peak learning rate", 0)
+    lr: float = option(4e-3, "peak learning rate", 0)
     gate_lr: float = option(5e-3, "peak learning rate of gates and observer", 0)
     weight_decay: float = option(0.01, "of matrices", 0)
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
@@ -97,7 +98,7 @@ class Config:
     warm_up: float = option(0.4, "share of the steps, at least, before thoughts cost", 0, 1)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
     forget: float = option(0.8, "share of the sequences that are cut in a truncated pass", 0, 1)
-    cuts: int = option(1, "truncated passes a step; all but the first cut late (draw_cut)", 1)
+    cuts: int = option(1, "truncated passes a step; in all but the first, all are cut late", 1)
     thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
     rollouts: int = option(4, "of each sequence in the cost phase, compared with each other", 1)
     horizon: int = option(0, "a thought is rewarded by the loss of so many next tokens; 0: all", 0)
@@ -307,7 +308,7 @@ class Cut(NamedTuple):
     depth: Tensor  # (B,) thoughts of the prompt behind the cut, which are hidden
 
 
-def draw_cut(grid: Grid, batch: Batch, share: float, late: float = CUT_LATE) -> Cut:
+def draw_cut(grid: Grid, batch: Batch, share: float, late: float) -> Cut:
     """
     A cut falls right before a thought that follows a token of the prompt (not its last), so that
     this thought is the first thing in view. A `share` of the sequences is cut, at a random such
@@ -499,7 +500,8 @@ def hybrid_loss(model, grid: Grid, batch: Batch, thinking: Thinking, config: Con
     if model.config.n_bits:
         echoes = F.pad(grid.thinks[:, :, :-1], (1, 0)) & ~batch.shown[:, None, None]
         for look in range(config.cuts if config.forget else 1):
-            cut = draw_cut(grid, batch, config.forget, 1.0 if look else CUT_LATE)
+            share, late = (1.0, 1.0) if look else (config.forget, CUT_LATE)
+            cut = draw_cut(grid, batch, share, late)
             # RECALL sees past a cut, so then all cells go through; only those behind it are charged
             used = cut.left.present if config.recall else cut.used
             kept = read(model, grid, window, used, cut.segment, out.thoughts, echoes)
@@ -550,8 +552,13 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
     right = answers_right(out, grid, counted_tokens(batch))
     if model.config.revise:
         for i, (prompt, end) in enumerate(zip(batch.prompt.tolist(), batch.length.tolist())):
-            row = batch.real[i, :end].tolist()
-            right[i] = row == generate(model, row[:prompt], end - prompt, thinking, generator)
+            row, instead = batch.real[i, :end].tolist(), None
+            thoughts = grid.token[i, :, 1:RECALL_SLOT][grid.present[i, :, 1:RECALL_SLOT]]
+            if thinking.mode == "swapped" and len(thoughts):
+                instead = itertools.cycle((thoughts - model.config.vocab_size).tolist())
+            how = thinking, generator
+            said = generate(model, row[:prompt], end - prompt, *how, instead=instead)
+            right[i] = said == row
     model.train(was_training)
     return grid, right, (out.loss * grid.emits).sum(dim=2)
 
@@ -560,8 +567,7 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
 # the curriculum
 
 POOL = 64  # sequences, at least, that come into use together
-MASTERED = 0.97  # share of the newest that is right, with the past cut off, when the next come
-NEARLY, PATIENCE = 0.85, 150  # or this share, when so many steps have brought no more
+MASTERED = 0.9  # share of the newest that is right, with the past cut off, when the next come
 RATE = 0.2  # of the moving average of that share
 LAST_CALL = 0.75  # of the steps: then the levels that are left come into use all the same
 
@@ -590,7 +596,7 @@ class Curriculum:
         """count: {level: sequences}, shortest first. Without `grows` all are in use at once."""
         self.every = list(count)
         self.stages = pools(count) if grows else [len(count)]  # levels in use at each stage
-        self.stage, self.grown = 0, 0  # which stage it is, and the step at which it began
+        self.stage = 0
         self.right = 0.0  # moving average: share of the newest that is right
         self.learned = not grows  # the last stage is mastered
 
@@ -618,16 +624,15 @@ class Curriculum:
         self.stages = self.stages[: self.stage] + [len(self.every)]
         self.right = 0.0
 
-    def grow(self, step: int, level: Tensor, right: Tensor, expected: Tensor) -> None:
+    def grow(self, level: Tensor, right: Tensor, expected: Tensor) -> None:
         """level (B,); right, expected (B,) bool: answered right, and whether one may expect it."""
         counted = (level >= self.newest[0]) & expected
         hits, count = total(torch.stack([(right & counted).sum(), counted.sum()])).tolist()
         if count:
             self.right += RATE * (hits / count - self.right)
-        waited = step - self.grown > PATIENCE
-        if self.right > MASTERED or self.right > NEARLY and waited:
+        if self.right > MASTERED:
             if self.stage < len(self.stages) - 1:
-                self.stage, self.grown, self.right = self.stage + 1, step, 0.5
+                self.stage, self.right = self.stage + 1, 0.5
             else:
                 self.learned = True
 
@@ -661,9 +666,16 @@ def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking
 
 def as_trained(state: dict, vocabulary: Vocabulary) -> Thinking:
     """How the model of a checkpoint thinks, greedily."""
-    config = Config(**state["config"])
-    thinking = how_to_think(config, vocabulary, state["progress"]["paid"])
+    thinking = how_to_think(trained_config(state), vocabulary, state["progress"]["paid"])
     return dataclasses.replace(thinking, greedy=True)
+
+
+def trained_config(state: dict) -> Config:
+    """The config of a checkpoint. Raises DataError if its keys are not today's."""
+    try:
+        return Config(**state["config"])
+    except TypeError:
+        raise DataError("the checkpoint was written by another version of train.py") from None
 
 
 class Trainer:
@@ -685,7 +697,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = first_model(config, self.vocabulary).to(self.device)
         self.network = torch.compile(self.model, dynamic=True) if config.compile else self.model
-        self.optimiser = self.model.optimiser(config.lr, config.gate_lr, config.weight_decay)
+        self.optimisers = self.model.optimisers(config.lr, config.gate_lr, config.weight_decay)
         named = list(self.model.named_parameters())
         watching = [p for n, p in named if ".observer." in n]
         others = [p for n, p in named if ".observer." not in n]
@@ -721,7 +733,7 @@ class Trainer:
             grid = rollout(self.model, batch.real, batch.length, thinking, forced=forced)
             terms, right, expected = hybrid_loss(self.network, grid, batch, thinking, c, self.paid)
         self.update(sum(terms.values()))
-        self.curriculum.grow(self.step, batch.level, right, expected)
+        self.curriculum.grow(batch.level, right, expected)
         tokens = int(grid.emits.sum())
         log = {"step": self.step, "paid": self.paid, "level": self.curriculum.levels[-1]}
         log |= {"loss": terms.pop("tokens").item()}
@@ -735,9 +747,10 @@ class Trainer:
 
     def update(self, loss: Tensor) -> None:
         """Backward, clip, one step of the optimiser. Raises FloatingPointError."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(self.step, self.config.steps)
-        self.optimiser.zero_grad()
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak_lr"] * schedule(self.step, self.config.steps)
         loss.backward()
         if WORLD > 1:
             average_gradients(self.model)
@@ -745,7 +758,8 @@ class Trainer:
         if not math.isfinite(loss.item() + sum(norms)):
             message = f"the loss is {loss.item()}, its gradient {norms[0]}, at step {self.step}"
             raise FloatingPointError(f"{message}: a lower --lr may help; nothing was saved since")
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            optimiser.step()
 
     def begin_to_charge(self) -> None:
         """The cost phase begins when all is learned, or late, when it evidently will not be."""
@@ -782,7 +796,7 @@ class Trainer:
             "network": dataclasses.asdict(self.model.config),
             "meta": self.meta,
             "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "progress": {"step": self.step, "seconds": self.seconds, "paid": self.paid},
             "curriculum": vars(self.curriculum),
             "mastered": self.curriculum.mastered,
@@ -796,10 +810,11 @@ class Trainer:
         if state["network"] != dataclasses.asdict(self.model.config):
             raise DataError("the checkpoint is of another shape than the config asks for")
         self.model.load_state_dict(state["model"])
-        given = [(g["peak_lr"], g["weight_decay"]) for g in self.optimiser.param_groups]
-        self.optimiser.load_state_dict(state["optimiser"])
-        for group, rates in zip(self.optimiser.param_groups, given):
-            group["peak_lr"], group["weight_decay"] = rates  # as the config says now
+        for optimiser, kept in zip(self.optimisers, state["optimisers"]):
+            rates = [(g["peak_lr"], g["weight_decay"]) for g in optimiser.param_groups]
+            optimiser.load_state_dict(kept)
+            for group, now in zip(optimiser.param_groups, rates):
+                group["peak_lr"], group["weight_decay"] = now  # as the config says now
         for name, value in state["progress"].items():
             setattr(self, name, value)
         vars(self.curriculum).update(state["curriculum"])

@@ -83,7 +83,7 @@ class Clock:
 def step(trainer: train.Trainer, paid: bool) -> dict[str, float]:
     """One training step, in the cost phase or not -> milliseconds by part."""
     trainer.paid, clock = paid, Clock(trainer.device)
-    hook = trainer.optimiser.register_step_pre_hook(lambda *_: clock("backward"))
+    hook = trainer.optimisers[0].register_step_pre_hook(lambda *_: clock("backward"))
     with (
         patch.object(train, "rollout", clock.on(train.rollout, "rollout")),
         patch.object(train, "read", clock.on(train.read, "full pass", "truncated pass")),

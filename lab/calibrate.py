@@ -258,7 +258,7 @@ def blind(subject: Subject, split, rows: int) -> dict:
 def calibrate(config: CalibrateConfig) -> dict:
     """All questions that apply -> {question: answers}. Raises DataError."""
     model, vocabulary, state = runs.load_model(config.run)
-    trained, rows, few = train.Config(**state["config"]), config.rows, max(1, config.rows // 5)
+    trained, rows, few = train.trained_config(state), config.rows, max(1, config.rows // 5)
     if not model.config.observer:
         message = f"the model in {config.run} has no observer: train one with --observer=quarters"
         raise DataError(message)

@@ -175,7 +175,7 @@ def shown(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
 def main(argv: list[str]) -> None:
     config = train.load_config(argv, ControlConfig)
     model, vocabulary, state = runs.load_model(config.run)
-    trained, thinking = train.Config(**state["config"]), train.as_trained(state, vocabulary)
+    trained, thinking = train.trained_config(state), train.as_trained(state, vocabulary)
     split = load_split(trained.data, "val", vocabulary, trained.block)
     if not isinstance(split, Rows):
         raise DataError(f"the run in {config.run} is of a text, which has no answers")

@@ -4,7 +4,7 @@ The runs behind the tables: data, training, instruments, and one table a set.
   python lab/experiments.py main --seeds=1,2,3 --jobs=2
   python lab/experiments.py automata --tasks=parity,a5 --models=thinking,gru
 
-Sets: main, automata, text, control, observer, addition. A run lives in out/SET/TASK/MODEL_SEED and
+Sets: main, chains, automata, text, control, demonstrations, observer, addition. A run lives in out/SET/TASK/MODEL_SEED and
 is skipped where its report.json is there; with --jobs=0 nothing runs, and the table is of what
 there is. A run takes one thread: half a minute in main, about five minutes a thinking one of
 automata (plain a minute or two, the GRU a quarter of one), ten minutes or more in text.
@@ -62,6 +62,10 @@ AUTOMATA = {
 }
 DATA = AUTOMATA | {
     "chains": CHAINS,
+    "modulo_7": f"{CHAINS} --modulus=7",
+    "modulo_10": f"{CHAINS} --modulus=10",
+    "characters": f"{CHAINS} --tokens=characters",
+    "chains_shown": f"{CHAINS} --demonstrate",
     "addition": f"{CHAINS} --task=addition",
     "addition_padded": f"{CHAINS} --task=addition --pad",
     "addition_reversed": f"{CHAINS} --task=addition --reversed --digits=3",
@@ -91,19 +95,28 @@ MODELS = {
 }
 REVISE, ADDITION = "train.py config/revise.toml", "train.py config/addition.toml"
 BACKWARDS = f"{ADDITION} --forget=1 --steps=3000"
+AT_ONCE = "train.py config/chain.toml --curriculum=false --warm_up=1"
+OTHER_CHAINS = ("modulo_7", "modulo_10", "characters")
 NOTES = "train.py config/shakespeare_notes.toml --init_from={plain} --plain={plain}"
 SETS = {
     "main": {("chains", model): words for model, words in MAIN.items()},
+    "chains": {(task, "thinking"): MAIN["thinking"] for task in OTHER_CHAINS},
     "automata": {(task, model): words for task in AUTOMATA for model, words in MODELS.items()},
     "text": {
         ("text", "plain"): "train.py config/shakespeare_plain.toml --report=true",
         ("text", "thinking"): "train.py config/shakespeare.toml --plain={plain}",
         ("text", "notes"): f"{NOTES} && lab/study.py --plain={{plain}}",
+        ("text", "notes_16"): f"{NOTES} --n_bits=16 && lab/study.py --plain={{plain}}",
     },
     "control": {
         ("recall", "recall"): "train.py config/recall.toml && lab/control.py",
         ("addition_padded", "revise"): f"{REVISE} && lab/control.py",
         ("addition_padded", "no_revise"): f"{REVISE} --revise=0",
+    },
+    "demonstrations": {
+        ("chains_shown", "shown"): f"{AT_ONCE} && lab/control.py",
+        ("chains", "found"): f"{AT_ONCE} --curriculum=true && lab/control.py",
+        ("chains", "neither"): AT_ONCE,
     },
     "observer": {
         ("chains", "observer"): "train.py config/observer.toml && lab/calibrate.py",
@@ -126,14 +139,16 @@ ROWS = {"worst trained length": "worst", "longest trained": "own/accuracy/{last}
 WINDOW, OWN = "report/windows/8/accuracy/", "own/accuracy/"
 NATS = {mode: f"report/modes/{mode}/nats" for mode in ("never", "random", "constant", "swapped")}
 LOSS, VALUE = "calibration/predicted_loss/", "calibration/value_of_thinking/"
+CHAIN_COLUMNS = {
+    **ROWS,
+    "12, all in view": f"{OWN}12",
+    "128, window 8": f"{WINDOW}128",
+    "1024, window 8": f"{WINDOW}1024",
+    **ABLATIONS,
+}
 TABLES = {
-    "main": {
-        **ROWS,
-        "12, all in view": f"{OWN}12",
-        "128, window 8": f"{WINDOW}128",
-        "1024, window 8": f"{WINDOW}1024",
-        **ABLATIONS,
-    },
+    "main": CHAIN_COLUMNS,
+    "chains": CHAIN_COLUMNS,
     "automata": {
         **ROWS,
         "length 500, window 8": [f"{at}{n}" for n in (500, 499) for at in (WINDOW, OWN)],
@@ -154,6 +169,11 @@ TABLES = {
         "no REVISE": "control/revise/answers right, REVISE forbidden",
         "REVISE": "control/revise/answers right, REVISE allowed",
         "greedy": "own/accuracy/{last}",
+    },
+    "demonstrations": {
+        **ROWS,
+        "follows": "control/follow/{last}/follows",
+        "keeps": "control/follow/{last}/keeps",
     },
     "observer": {
         **ROWS,

@@ -32,7 +32,7 @@ from data.dataset import DataError, Vocabulary
 from model import GPT, READINGS, Cells, Output, Thinking, generate
 from options import load_config, option, run
 from runs import load_model, pick_device
-from train import Config, Grid, as_trained, may_think, rollout
+from train import Grid, as_trained, may_think, rollout, trained_config
 
 TOP = 3  # tokens shown of each layer
 LONGEST = 1000  # real tokens of a text that are read
@@ -199,7 +199,7 @@ def make_trace(texts: list[str], config: ObserveConfig, model: GPT, vocabulary, 
     device, reads = model.head.weight.device, config.teach or bool(config.input)
     thinking, notes, sequences = as_trained(state, vocabulary), [], []
     if vocabulary.row_end < 0 and not thinking.window:  # a text has no end, its windows have
-        thinking.window = Config(**state["config"]).block * (1 + thinking.runs(model.config))
+        thinking.window = trained_config(state).block * (1 + thinking.runs(model.config))
     if thinking.force is not None and model.config.n_bits:
         notes.append("Its gate has learned nothing yet: it thinks as it was made to in training.")
     generator = torch.Generator(device).manual_seed(0)

@@ -29,7 +29,7 @@ from data.dataset import Batch, DataError, Rows, Text, Vocabulary, load_split
 from model import GPT, MODES, Thinking
 from options import load_config, option, run
 from runs import load_model, pick_device
-from train import Config, as_trained, evaluate, rollout
+from train import as_trained, evaluate, rollout, trained_config
 
 WINDOWS = (8, 16)  # positions in view, for accuracy in a window
 LONGEST = 128  # longer levels are tried in a window only
@@ -166,7 +166,7 @@ def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict)
 def make_report(config: ReportConfig) -> dict:
     """-> what report.json holds. Raises DataError."""
     model, vocabulary, state = load_model(config.run, config.device)
-    trained, meta, progress = Config(**state["config"]), state["meta"], state["progress"]
+    trained, meta, progress = trained_config(state), state["meta"], state["progress"]
     folder = Path(config.data or trained.data)
     names = ["val", "test"] if (folder / "test.bin").exists() else ["val"]
     splits = [load_split(folder, name, vocabulary, trained.block) for name in names]

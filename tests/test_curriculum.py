@@ -6,17 +6,17 @@ from conftest import small
 
 import train
 from data.dataset import Rows
-from train import LAST_CALL, MASTERED, NEARLY, PATIENCE, POOL, Curriculum, Trainer, pools
+from train import LAST_CALL, MASTERED, POOL, Curriculum, Trainer, pools
 
 EXPECTED = torch.ones(100, dtype=torch.bool)
 
 
-def feed(curriculum, share, times=100, level=None, step=0, expected=EXPECTED):
+def feed(curriculum, share, times=100, level=None, expected=EXPECTED):
     """The same batch over and over, until a stage is gained: a share of the newest is right."""
     stage, level = curriculum.stage, curriculum.newest[0] if level is None else level
     right = torch.arange(100) < round(100 * share)
     for _ in range(times):
-        curriculum.grow(step, torch.full((100,), level), right, expected)
+        curriculum.grow(torch.full((100,), level), right, expected)
         if curriculum.stage > stage or curriculum.learned:
             break
 
@@ -41,24 +41,10 @@ def test_the_next_levels_come_when_the_newest_are_mastered_and_not_before():
     feed(curriculum, 1.0)
     assert curriculum.levels == [2, 3, 5] and curriculum.newest == [5]
     assert curriculum.mastered == [2, 3] and not curriculum.learned
-    feed(curriculum, 1.0, times=10)
+    feed(curriculum, 1.0, times=5)
     assert not curriculum.learned, "what was right before says nothing about the newest"
     feed(curriculum, 1.0)
     assert curriculum.learned and curriculum.mastered == [2, 3, 5]
-
-
-def test_who_is_nearly_there_goes_on_when_patience_ends():
-    curriculum, nearly = large(), (NEARLY + MASTERED) / 2
-    feed(curriculum, NEARLY - 0.01, step=10 * PATIENCE)
-    assert curriculum.stage == 0
-    feed(curriculum, nearly, step=PATIENCE)
-    assert curriculum.stage == 0
-    feed(curriculum, nearly, step=PATIENCE + 1)
-    assert curriculum.stage == 1 and curriculum.grown == PATIENCE + 1
-    feed(curriculum, nearly, step=2 * PATIENCE + 1)
-    assert curriculum.stage == 1, "patience begins anew"
-    feed(curriculum, nearly, step=2 * PATIENCE + 2)
-    assert curriculum.stage == 2
 
 
 def test_only_sequences_of_the_newest_levels_with_their_last_cut_count():
@@ -103,9 +89,9 @@ def test_all_levels_can_be_taken_in_at_once():
 
 def test_a_curriculum_goes_on_from_its_state():
     first, second = large(4), large(4)
-    feed(first, 1.0, step=7)
+    feed(first, 1.0)
     first.open()
-    feed(first, NEARLY, times=5)
+    feed(first, 0.8, times=5)
     vars(second).update(vars(first))
     assert vars(second) == vars(first) and second.levels == [1, 2, 3, 4]
     for curriculum in (first, second):
@@ -173,7 +159,7 @@ def test_a_step_draws_what_the_curriculum_says_and_tells_it_what_was_right(train
 
     monkeypatch.setattr(train, "hybrid_loss", listen)
     monkeypatch.setattr(trainer.rows, "draw", note)
-    monkeypatch.setattr(Curriculum, "grow", lambda self, step, *what: heard.append(what))
+    monkeypatch.setattr(Curriculum, "grow", lambda self, *what: heard.append(what))
     trainer.curriculum.stage = 1  # levels 1 and 2, of which 2 is new
     trainer.train_step()
     assert drawn == [([1, 2], 1)]

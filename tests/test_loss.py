@@ -670,7 +670,7 @@ def test_the_curriculum_goes_by_answers_behind_the_cut_where_one_may_expect_them
     torch.manual_seed(7)
     _, right, expected = hybrid_loss(model, grid, batch, Thinking(), config, False)
     torch.manual_seed(7)
-    cut, counted = draw_cut(grid, batch, 1.0), counted_tokens(batch)
+    cut, counted = draw_cut(grid, batch, 1.0, train.CUT_LATE), counted_tokens(batch)
     kept = read(model, grid, 0, cut.used, cut.segment)
     behind = answers_right(kept, cut.left._replace(present=cut.used), counted)
     in_full = answers_right(read(model, grid), grid, counted)

@@ -311,7 +311,9 @@ def test_the_observer_moves_nothing_that_it_watches(tiny):
 
 
 # ----------------------------------------------------------------------------------------------
-# weights from elsewhere, and the optimiser
+# weights from elsewhere, and the optimisers
+
+MATRICES = ("attention.qkv", "attention.proj", "up", "down")
 
 
 @pytest.mark.parametrize("more", [{"observer": "quarters"}, {"recall": True}, {"revise": True}])
@@ -351,13 +353,15 @@ def test_gpt2_emits_what_it_does_in_transformers():
 def test_gates_and_observer_have_their_own_learning_rate_and_only_matrices_decay(tiny):
     model = tiny(observer="quarters", recall=True)
     names = {p: name for name, p in model.named_parameters()}
-    groups = model.optimiser(1e-3, 5e-3, 0.1).param_groups
-    matrices, rest, late = ({names[p] for p in group["params"]} for group in groups)
-    assert [group["peak_lr"] for group in groups] == [1e-3, 1e-3, 5e-3]
-    assert [group["weight_decay"] for group in groups] == [0.1, 0, 0]
-    assert len(matrices) + len(rest) + len(late) == len(names)
-    assert all("gate." in name or ".observer." in name for name in late) and len(late) == 14
-    assert "blocks.0.up.weight" in matrices and "embedding.weight" in rest
+    muon, adam = model.optimisers(1e-3, 5e-3, 0.1)
+    groups = [*muon.param_groups, *adam.param_groups]
+    blocks, matrices, gates, rest = ({names[p] for p in group["params"]} for group in groups)
+    assert [group["peak_lr"] for group in groups] == [1e-3, 1e-3, 5e-3, 1e-3]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0, 0]
+    assert sum(map(len, (blocks, matrices, gates, rest))) == len(names)
+    assert all("gate." in name or ".observer." in name for name in gates) and len(gates) == 14
+    assert blocks == {f"blocks.{i}.{m}.weight" for i in (0, 1) for m in MATRICES}
+    assert "head.weight" in matrices and "embedding.weight" in rest
 
 
 # ----------------------------------------------------------------------------------------------

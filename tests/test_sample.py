@@ -33,7 +33,7 @@ def checkpoint(tiny, tmp_path):
         shared = {name: network[name] for name in asdict(Config()) if name in network}
         config = Config(**(shared | {"revise": float(network["revise"])}))
         state = {"config": asdict(config), "network": network, "meta": meta}
-        state |= {"curriculum": {}, "optimiser": {}}
+        state |= {"curriculum": {}, "optimisers": []}
         state |= {"model": model.state_dict(), "progress": {"paid": True}}
         save_checkpoint(tmp_path / "checkpoint.pt", state)
         return f"--run={tmp_path}"

@@ -30,7 +30,11 @@ def arguments(config, **changes):
 
 
 # ----------------------------------------------------------------------------------------------
-# the optimiser
+# the optimisers
+
+
+def groups_of(trainer):
+    return [group for optimiser in trainer.optimisers for group in optimiser.param_groups]
 
 
 def test_the_learning_rate_warms_up_and_decays_as_a_cosine():
@@ -43,7 +47,7 @@ def test_matrices_decay_and_gates_and_observer_have_a_learning_rate_of_their_own
     trainer = Trainer(small(chains, tmp_path, **EVERYTHING, **rates))
     groups = {}
     for name, parameter in trainer.model.named_parameters():
-        owners = trainer.optimiser.param_groups
+        owners = groups_of(trainer)
         owners = [g for g in owners if any(parameter is p for p in g["params"])]
         groups[name] = [(g["peak_lr"], g["weight_decay"]) for g in owners]
     assert groups.pop("blocks.0.attention.qkv.weight") == [(1e-3, 0.3)]
@@ -61,8 +65,9 @@ def test_a_step_has_the_learning_rate_of_the_schedule(chains, tmp_path):
     for trainer.step in (0, 60, 150):
         trainer.update(sum(p.sum() for p in trainer.model.parameters()))
         share = schedule(trainer.step, 200)
-        rates = [group["lr"] for group in trainer.optimiser.param_groups]
-        assert rates == pytest.approx([1e-3 * share, 1e-3 * share, 7e-3 * share])
+        rates = [group["lr"] for group in groups_of(trainer)]
+        rate = 1e-3 * share
+        assert rates == pytest.approx([rate, rate, 7 * rate, rate])
 
 
 def test_gradients_are_clipped_and_the_observers_apart_from_the_others(chains, tmp_path):
@@ -128,8 +133,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     chains, tmp_path, monkeypatch, changes
 ):
     """Levels come at steps 4 and 8, the stop lies in between, and from step 12 thoughts cost."""
-    for name, value in {"POOL": 1, "MASTERED": 2.0, "NEARLY": -1.0, "PATIENCE": 3}.items():
-        monkeypatch.setattr(train, name, value)
+
+    def every_fourth_step(curriculum, *_):
+        curriculum.right += 1
+        if curriculum.right == 4:
+            curriculum.learned = curriculum.stage == len(curriculum.stages) - 1
+            curriculum.stage, curriculum.right = curriculum.stage + (not curriculum.learned), 0
+
+    monkeypatch.setattr(train, "POOL", 1)
+    monkeypatch.setattr(train.Curriculum, "grow", every_fourth_step)
     config = small(chains, tmp_path, eval_rows=3, **changes)
     whole = Trainer(config)
     for _ in range(14):
@@ -152,9 +164,9 @@ def test_a_resumed_run_has_the_rates_that_it_is_given(chains, tmp_path):
     first = Trainer(small(chains, tmp_path))
     changed = Trainer(small(chains, tmp_path, lr=1e-4, gate_lr=3e-4, weight_decay=0.5))
     changed.load_state(first.state())
-    groups = changed.optimiser.param_groups
-    assert [group["peak_lr"] for group in groups] == [1e-4, 1e-4, 3e-4]
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0, 0.0]
+    groups = groups_of(changed)
+    assert [group["peak_lr"] for group in groups] == [1e-4, 1e-4, 3e-4, 1e-4]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.5, 0.0, 0.0]
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(chains, tmp_path, monkeypatch, capsys):
@@ -466,6 +478,21 @@ def test_evaluation_with_a_generator_leaves_the_chance_of_training_alone(chains,
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_free_answers_with_swapped_thoughts_think_what_the_rollout_thought(
+    chains, tmp_path, monkeypatch
+):
+    """One prompt at a time there is nobody to swap with, so they are handed on from the grid."""
+    trainer, seen = Trainer(small(chains, tmp_path, revise=0.3)), []
+
+    def answer(*_, instead):
+        seen.append([next(instead) for _ in range(3)])
+
+    monkeypatch.setattr(train, "generate", answer)
+    thinking = Thinking("swapped", force=1.0, greedy=True)
+    grid, _, _ = evaluate(trainer.model, trainer.val_rows.first(5, 3), thinking)
+    assert seen == (grid.token[:, :3, 1] - trainer.model.config.vocab_size).tolist()
+
+
 def test_evaluation_adds_up_the_nats_of_each_token_where_it_is_emitted(chains, tmp_path):
     trainer = Trainer(small(chains, tmp_path))
     batch = trainer.val_rows.first(20, 2)
@@ -484,6 +511,9 @@ def test_a_model_comes_back_from_its_folder_and_thinks_as_it_was_trained(finishe
     assert thinking == Thinking(force=1.0, force_recall=1.0, greedy=True)
     state["progress"]["paid"] = True
     assert train.as_trained(state, vocabulary) == Thinking(greedy=True), "by the gate"
+    state["config"]["patience"] = 3
+    with pytest.raises(DataError, match="another version"):
+        train.as_trained(state, vocabulary)
 
 
 # ----------------------------------------------------------------------------------------------
