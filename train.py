@@ -640,15 +640,13 @@ class Curriculum:
 # ----------------------------------------------------------------------------------------------
 # the loop
 
-# steps in which the learning rate rises, share of it at the end, largest norm of the gradient
-RISE, FINAL_LR, CLIP = 100, 0.1, 1.0
+RISE, CLIP = 100, 1.0  # steps in which the learning rate rises; largest norm of the gradient
 LOG_EVERY = 50
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rates: a linear rise, and cosine decay to FINAL_LR."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return min(1, (step + 1) / RISE) * (FINAL_LR + (1 - FINAL_LR) * cosine)
+    """Share of the peak learning rates: a linear rise, and cosine decay to 0."""
+    return min(1, (step + 1) / RISE) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking:
