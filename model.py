@@ -139,6 +139,7 @@ class Output(NamedTuple):
     logits: Tensor  # (B, C, V) of the next real token; (B, C, V + 1) with REVISE
     thoughts: Tensor  # (B, C, d) numbers whose signs are a thought's bits, see Thoughts
     gate: Tensor  # (B, C) logit of thinking; -inf in a plain GPT
+    taught_gate: Tensor  # the same, but its gradient goes on into the trunk
     recall: Tensor  # (B, C) logit of RECALL; -inf in a model without
     readings: Tensor  # (B, C, 3) of the observer, see READINGS; (B, C, 0) without one
     cache: Cache
@@ -273,6 +274,7 @@ class Gate(nn.Module):
     """
     A yes or no of every cell: a logit, which says yes with probability p before training. It reads
     the trunk but does not shape it: its policy gradient's noise would wear off what thoughts mean.
+    Where it is shown when to think there is no such noise, see Output.taught_gate.
     """
 
     def __init__(self, width: int, p: float):
@@ -402,6 +404,7 @@ class GPT(nn.Module):
             logits,
             x[..., :0] if self.thoughts is None else self.thoughts.head(x),
             never if self.gate is None else self.gate(gate_input),
+            never if self.gate is None else self.gate.out(gate_input)[..., 0],
             never if self.recall_gate is None else self.recall_gate(gate_input),
             readings,
             cache,

@@ -232,6 +232,7 @@ class Pass(NamedTuple):
     right: Tensor  # bool: that is the likeliest
     thoughts: Tensor  # (B, T, S, d)
     gate: Tensor  # logits
+    taught_gate: Tensor
     recall: Tensor
     readings: Tensor  # (B, T, S, 3 or 0)
 
@@ -285,12 +286,12 @@ def read(
         columns = slice(start, start + CHUNK)
         out = model(x[:, columns], cells.part(columns), cache, window)
         cache = out.cache if config.recall else out.cache.last(window * (1 + config.revise))
-        parts.append(out[:5])
-    logits, thoughts, gate, recall, readings = (torch.cat(part, dim=1) for part in zip(*parts))
+        parts.append(out[:6])
+    logits, *rest = (torch.cat(part, dim=1) for part in zip(*parts))
     target = pick(target)
     loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
     loss, right = loss.view_as(target), logits.argmax(dim=-1) == target
-    return Pass(*(put(part) for part in (loss, right, thoughts, gate, recall, readings)))
+    return Pass(*(put(part) for part in (loss, right, *rest)))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -452,7 +453,7 @@ def demonstration_loss(model: GPT, out: Pass, grid: Grid, batch: Batch, asked: T
     shown = batch.shown[:, None, None]
     number = grid.next_thought(model.config.vocab_size)
     what = model.thoughts.log_probability(out.thoughts, number)
-    when = log_choice(out.gate, grid.thinks, 0.0)
+    when = log_choice(out.taught_gate, grid.thinks, 0.0)
     return -mean(what, grid.thinks & shown) - mean(when, asked & shown)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 from data.dataset import Batch  # noqa: E402
-from model import GPT, Cells, GPTConfig  # noqa: E402
+from model import GPT, Cells, GPTConfig, Output  # noqa: E402
 from train import Config, Grid  # noqa: E402
 
 V, D_BITS, K = 5, 2, 4  # real tokens, bits of a thought, thoughts of the tiny model
@@ -80,7 +80,7 @@ def batch_of(grid, prompt, **changes):
 def alone(model, grid, b, window=0, used=None, segment=None):
     """
     The slow twin of train.read: one sequence by itself, cell behind cell, with a mask written out
-    rule by rule -> {(t, slot): (logits, thoughts, gate, recall, readings)} of the cells `used`.
+    rule by rule -> {(t, slot): model.Output without its cache} of the cells `used`.
     """
     used, S = grid.present if used is None else used, grid.token.size(2)
     cells, position, lasting = [], [], 0
@@ -104,7 +104,7 @@ def alone(model, grid, b, window=0, used=None, segment=None):
     ids = torch.tensor([[int(grid.token[b, t, slot]) for t, slot in cells]])
     with patch("model.visible", return_value=sees[None]):
         out = model(ids, Cells(torch.tensor([position])))
-    return {cell: tuple(part[0, i] for part in out[:5]) for i, cell in enumerate(cells)}
+    return {c: Output(*(part[0, i] for part in out[:-1]), None) for i, c in enumerate(cells)}
 
 
 # ----------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def test_the_tokens_of_an_answer_count_or_all_of_a_text():
 def test_an_answer_is_right_if_each_of_its_tokens_is_the_likeliest_where_it_is_emitted():
     grid = grid_of([[0, 5, 1, 2, 3]] * 4)  # the cells would say 1, 1, 2, 3; the first one thinks
     rows = [1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]
-    out = Pass(None, on(grid, *rows).bool(), *[None] * 4)
+    out = Pass(None, on(grid, *rows).bool(), *[None] * 5)
     assert answers_right(out, grid, ALL).tolist() == [True, True, False, False]
     last = counted_tokens(batch_of(grid, 3))
     assert answers_right(out, grid, last).tolist() == [True, True, True, False]
@@ -416,7 +416,7 @@ def log_phi(x):
 def test_demonstrated_thoughts_are_learned_by_heart_and_so_is_when_to_think(tiny):
     grid = grid_of([[0, 6, 1, 2], [0, 7, 1, 2]])
     h, gate = torch.randn(2, 3, 5, D_BITS), torch.randn(2, 3, 5)
-    out = Pass(None, None, h, gate, None, None)
+    out = Pass(None, None, h, None, gate, None, None)
     batch = batch_of(grid, 2, shown=torch.tensor([True, False]))
     asked = train.may_think(grid, Thinking(max_run=1))
     asked[:, :, 1] = False
@@ -430,7 +430,7 @@ def test_demonstrated_thoughts_are_learned_by_heart_and_so_is_when_to_think(tiny
 def test_thoughts_behind_a_cut_are_imitated(tiny):
     grid = grid_of([[0, 5, 1, 8, 2]])
     h = torch.randn(1, 3, 5, D_BITS)
-    out = Pass(None, None, h, None, None, None)
+    out = Pass(None, None, h, None, None, None, None)
     first, second = h[0, 0, 0].tanh(), h[0, 1, 0].tanh()
     wanted = -(log_phi(-first).sum() + log_phi(second).sum()) / 2
     torch.testing.assert_close(imitation_loss(tiny(), out, grid), wanted)
@@ -493,7 +493,7 @@ class ByHand:
         return "think" if thinks else "recall" if recalls else "emit"
 
     def loss(self, t, slot):
-        return -self.cells[t, slot][0].log_softmax(dim=0)[self.real[t + 1]]
+        return -self.cells[t, slot].logits.log_softmax(dim=0)[self.real[t + 1]]
 
     def counts(self, t):
         return t + 1 >= self.prompt
@@ -576,7 +576,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(
     )
     behind = [(one, t, s) for one in truncated[0] for t, s in one.cells]
     imitated = [
-        -model.thoughts.log_probability(one.cells[t, s][1], torch.tensor(one.ids[t][s + 1] - V))
+        -model.thoughts.log_probability(one.cells[t, s].thoughts, torch.tensor(one.ids[t][s + 1] - V))
         for one, t, s in behind
         if one.does(t, s) == "think"
     ]
@@ -590,20 +590,20 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(
             advantage = sum(o[t, 0] for o in group) / 3 - to_go[b][t, slot]
             did = one.does(t, slot)
             if slot < 2 and not batch.shown[b]:
-                p = explore + (1 - 2 * explore) * one.cells[t, slot][2].sigmoid()
+                p = explore + (1 - 2 * explore) * one.cells[t, slot].gate.sigmoid()
                 gate.append(-advantage * (p if did == "think" else 1 - p).log())
             if slot < 3 and did != "think":
-                p = explore + (1 - 2 * explore) * one.cells[t, slot][3].sigmoid()
+                p = explore + (1 - 2 * explore) * one.cells[t, slot].recall.sigmoid()
                 recall.append(-advantage * (p if did == "recall" else 1 - p).log())
     wanted["gate"] = sum(gate) / len(gate)
     shown = [(one, t, s) for one in full[8:] for t, s in one.emitting() if s < 3]
     taught = [
-        model.thoughts.log_probability(one.cells[t, s][1], torch.tensor(one.ids[t][s + 1] - V))
+        model.thoughts.log_probability(one.cells[t, s].thoughts, torch.tensor(one.ids[t][s + 1] - V))
         for one, t, s in shown
         if one.does(t, s) == "think"
     ]
     when = [
-        F.logsigmoid(one.cells[t, s][2] * (1 if one.does(t, s) == "think" else -1))
+        F.logsigmoid(one.cells[t, s].gate * (1 if one.does(t, s) == "think" else -1))
         for one, t, s in shown
         if s < 2
     ]
@@ -613,14 +613,14 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(
         wanted["recall"] = sum(recall) / len(recall)
         tried = [(one, c) for one in full for c in one.cells if c[1] == 4]
         counted = sum(one.counts(t) for one in full for t, slot in one.cells if slot == 0)
-        lost = [-one.cells[c][0].log_softmax(dim=0)[V] for one, c in tried]
+        lost = [-one.cells[c].logits.log_softmax(dim=0)[V] for one, c in tried]
         wanted["revise"] = len(tried) / counted * sum(lost) / len(lost)
         errors = {"predicted": [], "worth": [], "to go": []}
         for b, one in enumerate(full):
             rest = one.to_go(0.0, horizon)
             group = [full[o] for o in range(b - b % 4, b - b % 4 + 4)]
             for t, slot in one.emitting():
-                predicted, worth, cost_to_go = one.cells[t, slot][4]
+                predicted, worth, cost_to_go = one.cells[t, slot].readings
                 errors["predicted"].append((predicted - one.loss(t, slot).detach()) ** 2)
                 errors["to go"].append((cost_to_go - to_go[b][t, slot]) ** 2)
                 thinks = one.does(t, 0) == "think"
@@ -633,7 +633,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(
         assert min(map(len, (tried, recall, errors["worth"]))) > 2
 
     said = [
-        all(one.cells[c][0].argmax() == one.real[c[0] + 1] for c in one.cells
+        all(one.cells[c].logits.argmax() == one.real[c[0] + 1] for c in one.cells
             if one.does(*c) == "emit" and one.counts(c[0]))
         for one in truncated[0]
     ]  # fmt: skip

@@ -350,6 +350,16 @@ def test_gpt2_emits_what_it_does_in_transformers():
     torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_the_gate_shapes_the_trunk_only_where_it_is_taught(tiny):
+    model = tiny()
+    out = model(ids())
+    assert torch.equal(out.gate, out.taught_gate)
+    out.gate.sum().backward(retain_graph=True)
+    assert model.embedding.weight.grad is None and model.gate.out.weight.grad.any()
+    out.taught_gate.sum().backward()
+    assert model.embedding.weight.grad.any()
+
+
 def test_gates_and_observer_have_their_own_learning_rate_and_only_matrices_decay(tiny):
     model = tiny(observer="quarters", recall=True)
     names = {p: name for name, p in model.named_parameters()}
@@ -372,7 +382,7 @@ def saying(gate=0.0, worth=0.0, rows=2000):
     """The output of so many cells that all have the same gate and reading."""
     gate = torch.full((rows, 1), gate)
     readings = torch.tensor([0.0, worth, 0.0]).expand(rows, 1, 3)
-    return Output(torch.zeros(rows, 1, V), torch.zeros(rows, 1, 2), gate, gate, readings, None)
+    return Output(torch.zeros(rows, 1, V), torch.zeros(rows, 1, 2), gate, gate, gate, readings, None)
 
 
 def test_how_often_a_gate_says_yes():
@@ -513,7 +523,7 @@ class Scripted(torch.nn.Module):
         gate = torch.full((1, 1), 9.0 if cell in self.thinks else -9.0)
         h = torch.full((1, 1, 2), 9.0)  # thought 3
         cells = Cells(torch.arange(length + 1)[None])
-        return Output(logits, h, gate, gate - 99, h[..., :0], Cache([], cells))
+        return Output(logits, h, gate, gate, gate - 99, h[..., :0], Cache([], cells))
 
 
 def run(model, prompt, new_tokens, after=None, **how):
