@@ -550,6 +550,11 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(
     if config.revise:
         grid = with_wrong_tokens(grid, batch, config.revise, V)
 
+    def log_p(one, t, slot):
+        """Of the thought that follows."""
+        thought = torch.tensor(one.ids[t][slot + 1] - V)
+        return model.thoughts.log_probability(one.cells[t, slot].thoughts, thought)
+
     full = [ByHand(model, grid, b, batch, alone(model, grid, b, 5)) for b in range(12)]
     wanted = {"tokens": average(pair for one in full for pair in one.charged(weight))}
 
@@ -576,7 +581,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(
     )
     behind = [(one, t, s) for one in truncated[0] for t, s in one.cells]
     imitated = [
-        -model.thoughts.log_probability(one.cells[t, s].thoughts, torch.tensor(one.ids[t][s + 1] - V))
+        -log_p(one, t, s)
         for one, t, s in behind
         if one.does(t, s) == "think"
     ]
@@ -598,7 +603,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(
     wanted["gate"] = sum(gate) / len(gate)
     shown = [(one, t, s) for one in full[8:] for t, s in one.emitting() if s < 3]
     taught = [
-        model.thoughts.log_probability(one.cells[t, s].thoughts, torch.tensor(one.ids[t][s + 1] - V))
+        log_p(one, t, s)
         for one, t, s in shown
         if one.does(t, s) == "think"
     ]

@@ -382,7 +382,8 @@ def saying(gate=0.0, worth=0.0, rows=2000):
     """The output of so many cells that all have the same gate and reading."""
     gate = torch.full((rows, 1), gate)
     readings = torch.tensor([0.0, worth, 0.0]).expand(rows, 1, 3)
-    return Output(torch.zeros(rows, 1, V), torch.zeros(rows, 1, 2), gate, gate, gate, readings, None)
+    logits, h = torch.zeros(rows, 1, V), torch.zeros(rows, 1, 2)
+    return Output(logits, h, gate, gate, gate, readings, None)
 
 
 def test_how_often_a_gate_says_yes():
