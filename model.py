@@ -11,14 +11,16 @@ Not here: how any of it is trained (train.py), any task, any path, any logging.
 Glossary
   B     sequences in a batch
   T     real tokens in a sequence: tokens of the data
+  stream  one sequence's cells in reading order
+  trunk   embedding and blocks: all that lies below the output heads
   cell  one input of the network, a real token, a thought or RECALL, together with its outputs
   C     cells of a stream: the real tokens of a sequence and the thoughts emitted between them
   V     vocabulary of real tokens, ids 0 .. V-1
   d     bits of a thought; 2^d thoughts, ids V .. V+2^d-1; never shown, never supervised
   D     n_embd; nh attention heads of size hs
   think / emit   what follows a cell: a thought, or the next real token
-  RECALL  id V+2^d, an input only: a cell that sees everything where others see a window, and that
-          nobody sees
+  RECALL  id V+2^d, an input only: a cell that sees everything before it, despite window and cut,
+          predicts the next token, and is seen by no other
   REVISE  an output only, one more class beside the V tokens: take the last token back
   cut     a place from which on a stream sees nothing of what came before (made by train.py)
 
@@ -42,7 +44,7 @@ from torch import Tensor
 # configuration and visibility
 
 ROPE_BASE = 100.0  # rotary wavelengths are 2 pi to 2 pi * ROPE_BASE cells: streams are short
-GATE_INIT = 0.95  # an untrained gate thinks: a thought never tried is never found worth its price
+GATE_INIT = 0.95  # an untrained gate thinks: it cannot learn what thoughts are worth without any
 READINGS = ("predicted_loss", "value_of_thinking", "cost_to_go")  # of the observer, in nats
 
 
@@ -260,7 +262,7 @@ class Attention(nn.Module):
         hs), or None; keys and values so far.
         """
         q, k, v = self.heads(x, below, turn)
-        own = v[:, -1]  # (B, C, hs) the value of the cell itself; the observer is the last head
+        own = v[:, -1]  # (B, C, hs) the last head's value, which is the observer's if there is one
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         p = self.dropout if self.training else 0.0
@@ -272,9 +274,9 @@ class Attention(nn.Module):
 
 class Gate(nn.Module):
     """
-    A yes or no of every cell: a logit, which says yes with probability p before training. It reads
-    the trunk but does not shape it: its policy gradient's noise would wear off what thoughts mean.
-    Where it is shown when to think there is no such noise, see Output.taught_gate.
+    A yes or no of every cell: a logit, which says yes with probability p before training. Its input
+    is detached, since the noise of policy gradients would damage what thoughts mean. Demonstrations
+    have no such noise: Output.taught_gate lets their gradient through.
     """
 
     def __init__(self, width: int, p: float):
@@ -339,8 +341,8 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.7 / math.sqrt(module.in_features))  # GPT-2: .02
             nn.init.zeros_(module.bias)
-        # `apply` comes to a module after its parts, so these two have the last word. At first a
-        # thought is a random hash of what was read; a large one helps to learn rows by heart.
+        # `apply` comes to a module after its parts, so these two have the last word. Thoughts begin
+        # small: at first they are random hashes of what was read, and help to memorise the data.
         if module is self.thoughts:
             nn.init.normal_(module.embedding.weight, std=0.02)
         if isinstance(module, Gate):
@@ -453,11 +455,11 @@ class Thinking:
 
     mode: str = "policy"  # one of MODES
     max_run: int = 1  # thoughts in a row, at most
-    force: float | None = None  # at a token, max_run thoughts with this probability, else none
-    force_recall: float | None = None  # RECALL with this probability; None, of both: ask the gate
-    price: float | None = None  # nats; instead: think where the observer says it is worth more
-    explore: float = 0.0  # least probability of yes, and of no, where the gate is asked
-    greedy: bool = False  # do what is likelier, think the likeliest thought
+    force: float | None = None  # after a token, with this probability max_run thoughts, else none
+    force_recall: float | None = None  # RECALL with this probability. None: the gate is asked
+    price: float | None = None  # nats; if set, think where the observer's value_of_thinking is more
+    explore: float = 0.0  # least probability of yes, and of no, where a gate is asked
+    greedy: bool = False  # the likelier answer where a gate is asked, the likeliest thought
     after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None: all
     constant: int = 0  # the thought of mode `constant`
     window: int = 0  # positions in view, 0 for all

@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -94,7 +95,7 @@ class Config:
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
     # thoughts
     max_run: int = option(1, "thoughts in a row, at most", 1)
-    force_think_prob: float = option(1.0, "probability of a run of thoughts in the warm-up", 0, 1)
+    force_think_prob: float = option(1.0, "in the warm-up, of a run of thoughts, of RECALL", 0, 1)
     warm_up: float = option(0.4, "share of the steps, at least, before thoughts cost", 0, 1)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
     forget: float = option(0.8, "share of the sequences that are cut in a truncated pass", 0, 1)
@@ -124,7 +125,7 @@ class Grid(NamedTuple):
     wrong token predicts REVISE. A sequence's last token is predicted, and never present itself.
     """
 
-    token: Tensor  # (B, T, S) ids; slot 0 also behind a sequence's end
+    token: Tensor  # (B, T, S) ids, which mean something where present, and in all of slot 0
     present: Tensor  # (B, T, S) bool
 
     @property
@@ -286,7 +287,7 @@ def read(
         columns = slice(start, start + CHUNK)
         out = model(x[:, columns], cells.part(columns), cache, window)
         cache = out.cache if config.recall else out.cache.last(window * (1 + config.revise))
-        parts.append(out[:6])
+        parts.append(out[:6])  # all but the cache
     logits, *rest = (torch.cat(part, dim=1) for part in zip(*parts))
     target = pick(target)
     loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
@@ -306,7 +307,7 @@ class Cut(NamedTuple):
     left: Grid  # without thoughts that are hidden
     used: Tensor  # (B, T, S) cells behind the cut; of a sequence without one, all
     segment: Tensor  # (B, T, S)
-    depth: Tensor  # (B,) thoughts of the prompt behind the cut, which are hidden
+    depth: Tensor  # (B,) tokens of the prompt behind a late cut whose thoughts are hidden
 
 
 def draw_cut(grid: Grid, batch: Batch, share: float, late: float) -> Cut:
@@ -317,8 +318,8 @@ def draw_cut(grid: Grid, batch: Batch, share: float, late: float) -> Cut:
     before that .., with probabilities 1/2, 1/4, 1/8 .., and loses its thoughts behind that place.
     Then the thought at the cut must tell by itself what the next few tokens need: not only the
     answer, but all that makes a difference to it later. Otherwise a later thought, thought in full
-    view, would know it. In a text, which is all prompt and every token counts, each place of a
-    sequence is a cut.
+    view, would know it. A text is all prompt, and every token of it counts: if it is cut, then at
+    every place.
     """
     (B, T, S), device = grid.token.shape, grid.token.device
     t = torch.arange(T, device=device)
@@ -416,14 +417,16 @@ def value_of_thinking(cost: Tensor, grid: Grid, config: Config, rollouts: int):
     if config.horizon == 1:
         return cost - later, grid.thinks
     groups = (-1, rollouts, cost.size(1))
-    value = later[:, :, 0].view(groups)  # (B / rollouts, rollouts, T)
+    later_cost = later[:, :, 0].view(groups)  # (B / rollouts, rollouts, T)
     thought = grid.thinks[:, :, 0].view(groups)
     emitted = (grid.present[:, :, 0] & ~grid.thinks[:, :, 0]).view(groups)
 
     def average(which: Tensor) -> Tensor:
-        return (value * which).sum(1, keepdim=True) / which.sum(1, keepdim=True).clamp(min=1)
+        count = which.sum(1, keepdim=True).clamp(min=1)
+        return (later_cost * which).sum(1, keepdim=True) / count
 
-    worth = torch.where(thought, average(emitted) - value, value - average(thought))
+    saved = average(emitted) - later_cost, later_cost - average(thought)
+    worth = torch.where(thought, *saved)
     known = (thought | emitted) & thought.any(1, keepdim=True) & emitted.any(1, keepdim=True)
     first = cost[:, :, :1]  # only slot 0 is compared
     beside = (0, cost.size(2) - 1)
@@ -442,7 +445,7 @@ IMITATE = 0.01  # weight of imitation_loss
 def imitation_loss(model: GPT, kept: Pass, left: Grid) -> Tensor:
     """
     -log p, in the truncated pass, of the rollout's thoughts: behind the cut one should think what
-    one thought in full view. In sequences without a cut it makes the bits decided.
+    one thought in full view. In sequences without a cut it makes surer of what was drawn.
     """
     number = left.next_thought(model.config.vocab_size)
     return -mean(model.thoughts.log_probability(kept.thoughts, number), left.thinks)
@@ -481,8 +484,8 @@ def answers_right(out: Pass, grid: Grid, counted: Tensor) -> Tensor:
 def hybrid_loss(model, grid: Grid, batch: Batch, thinking: Thinking, config: Config, paid: bool):
     """
     All of a training step between rollout and optimiser -> {name: term}, which add up to the loss,
-    and for the curriculum two (B,) bool: the answer is right with the past cut off; and that may
-    be expected, since no thought behind the cut was hidden.
+    and for the curriculum two (B,) bool: the answer is right in the first truncated pass (of a
+    plain GPT in the full pass); and that may be expected: no thought of the prompt was hidden.
     """
     counted, window, terms = counted_tokens(batch), config.window, {}
     if config.revise:
@@ -553,13 +556,14 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
     right = answers_right(out, grid, counted_tokens(batch))
     if model.config.revise:
         for i, (prompt, end) in enumerate(zip(batch.prompt.tolist(), batch.length.tolist())):
-            row, instead = batch.real[i, :end].tolist(), None
+            row, how, instead = batch.real[i, :end].tolist(), thinking, None
             thoughts = grid.token[i, :, 1:RECALL_SLOT][grid.present[i, :, 1:RECALL_SLOT]]
-            if thinking.mode == "swapped" and len(thoughts):
+            if thinking.mode == "swapped":  # one prompt at a time has nobody to swap with
                 instead = itertools.cycle((thoughts - model.config.vocab_size).tolist())
-            how = thinking, generator
-            said = generate(model, row[:prompt], end - prompt, *how, instead=instead)
-            right[i] = said == row
+                how = thinking if len(thoughts) else dataclasses.replace(thinking, mode="never")
+            if prompt < end:  # a text has no answer
+                said = generate(model, row[:prompt], end - prompt, how, generator, instead=instead)
+                right[i] = said == row
     model.train(was_training)
     return grid, right, (out.loss * grid.emits).sum(dim=2)
 
@@ -728,7 +732,9 @@ class Trainer:
             forced = F.pad(batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=-1)
             forced = torch.where(batch.shown[:, None, None], forced, ASK_GATE)
         half = self.device == "cuda" and torch.cuda.is_bf16_supported()
-        with torch.autocast(self.device, torch.bfloat16) if half else nullcontext():
+        # Without the cache: it would hand the rollout's weights, cast without a gradient, on.
+        cast = torch.autocast(self.device, torch.bfloat16, enabled=half, cache_enabled=False)
+        with cast if half else nullcontext():
             grid = rollout(self.model, batch.real, batch.length, thinking, forced=forced)
             terms, right, expected = hybrid_loss(self.network, grid, batch, thinking, c, self.paid)
         self.update(sum(terms.values()))
@@ -755,7 +761,7 @@ class Trainer:
             average_gradients(self.model)
         norms = [torch.nn.utils.clip_grad_norm_(some, CLIP).item() for some in self.clipped]
         if not math.isfinite(loss.item() + sum(norms)):
-            message = f"the loss is {loss.item()}, its gradient {norms[0]}, at step {self.step}"
+            message = f"the loss is {loss.item()}, its gradient {norms}, at step {self.step}"
             raise FloatingPointError(f"{message}: a lower --lr may help; nothing was saved since")
         for optimiser in self.optimisers:
             optimiser.step()
@@ -763,16 +769,14 @@ class Trainer:
     def begin_to_charge(self) -> None:
         """The cost phase begins when all is learned, or late, when it evidently will not be."""
         c, curriculum = self.config, self.curriculum
-        late = self.step >= LAST_CALL * c.steps
-        if self.step == int(LAST_CALL * c.steps) and not curriculum.learned:
-            what = "from here on all levels are in use"
-            if curriculum.levels == curriculum.every:
-                what = "thoughts begin to cost all the same"
+        decides, last_call = c.n_bits or c.recall, math.ceil(LAST_CALL * c.steps)
+        late = self.step >= last_call
+        if self.step == last_call and not curriculum.learned:
             if RANK == 0:
-                level = curriculum.newest[0]
-                print(f"level {level} is not learned after {self.step} steps: {what}", flush=True)
+                what = f"level {curriculum.newest[0]} is not learned after {self.step} steps"
+                then = "all levels are in use from here on" + ", thoughts cost" * bool(decides)
+                print(f"{what}: {then}", flush=True)
             curriculum.open()
-        decides = c.n_bits or c.recall
         if decides and self.step >= c.warm_up * c.steps and (curriculum.learned or late):
             self.paid = True
 
@@ -901,7 +905,7 @@ def main(argv: list[str]) -> None:
     if RANK:
         return
     if not finished:
-        again = f"python train.py {' '.join(argv)} --resume=true"
+        again = f"python train.py {shlex.join(argv)} --resume=true"
         sys.exit(f"stopped at step {trainer.step} and saved; go on with: {again}")
     print(f"{what_was_learned(trainer)}\ntrained in {trainer.seconds:.0f} s", flush=True)
     if config.report:
