@@ -53,10 +53,10 @@ def test_each_sign_belongs_to_its_cell(subject, batch, chunk, monkeypatch):
     subject.probe = torch.randn(D + 1, 2, generator=seeded(1))
     grid, found = look(subject, batch)
     for b in range(20):
-        for (t, slot), (logits, *_, readings) in alone(subject.model, grid, b).items():
-            p = logits.softmax(dim=0)
+        for (t, slot), out in alone(subject.model, grid, b).items():
+            p = out.logits.softmax(dim=0)
             wanted = {"entropy": -(p * p.log()).sum(), "largest probability": -p.max()}
-            wanted |= dict(zip(calibrate.READINGS, readings))
+            wanted |= dict(zip(calibrate.READINGS, out.readings))
             wanted["loss"] = -p[grid.token[b, t + 1, 0]].log()
             wanted["probe of loss"] = subject.probe[:D, 0] @ found["last"][b, t, slot]
             wanted["probe of loss"] += subject.probe[D, 0]
