@@ -274,9 +274,7 @@ class Attention(nn.Module):
 
 class Gate(nn.Module):
     """
-    A yes or no of every cell: a logit, which says yes with probability p before training. Its input
-    is detached, since the noise of policy gradients would damage what thoughts mean. Demonstrations
-    have no such noise: Output.taught_gate lets their gradient through.
+    A yes or no of every cell: a logit, which says yes with probability p before training.
     """
 
     def __init__(self, width: int, p: float):
@@ -289,7 +287,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, width) -> (B, C)"""
-        return self.out(x.detach())[..., 0]
+        return self.out(x)[..., 0]
 
 
 class Block(nn.Module):
@@ -395,7 +393,10 @@ class GPT(nn.Module):
         """x (B, C, D); what the observer sensed (B, C, hs), or None."""
         logits = self.head(x)
         never = torch.full_like(x[..., 0], -torch.inf)
+        # The noise of policy gradients would damage what thoughts mean, so the gates' input is
+        # detached. Demonstrations have no such noise: they teach the same gate in the trunk, too.
         gate_input = x if sensed is None else torch.cat([x, sensed], dim=-1)
+        apart = gate_input.detach()
         readings = x[..., :0]
         if sensed is not None:
             log_p = logits.detach().log_softmax(dim=-1)
@@ -405,9 +406,9 @@ class GPT(nn.Module):
         return Output(
             logits,
             x[..., :0] if self.thoughts is None else self.thoughts.head(x),
+            never if self.gate is None else self.gate(apart),
             never if self.gate is None else self.gate(gate_input),
-            never if self.gate is None else self.gate.out(gate_input)[..., 0],
-            never if self.recall_gate is None else self.recall_gate(gate_input),
+            never if self.recall_gate is None else self.recall_gate(apart),
             readings,
             cache,
         )

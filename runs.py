@@ -60,7 +60,7 @@ def processes(device: str):
 
 
 def pick_device(name: str) -> str:
-    """ "auto" or the name of a device -> a device that is here. Raises DataError."""
+    """The device of that name, or for "auto" the best that is here. Raises DataError."""
     mps = torch.backends.mps.is_available() and WORLD == 1
     here = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
     if name not in ("auto", *here):

@@ -33,7 +33,6 @@ import os
 import shlex
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -733,8 +732,7 @@ class Trainer:
             forced = torch.where(batch.shown[:, None, None], forced, ASK_GATE)
         half = self.device == "cuda" and torch.cuda.is_bf16_supported()
         # Without the cache: it would hand the rollout's weights, cast without a gradient, on.
-        cast = torch.autocast(self.device, torch.bfloat16, enabled=half, cache_enabled=False)
-        with cast if half else nullcontext():
+        with torch.autocast(self.device, torch.bfloat16, enabled=half, cache_enabled=False):
             grid = rollout(self.model, batch.real, batch.length, thinking, forced=forced)
             terms, right, expected = hybrid_loss(self.network, grid, batch, thinking, c, self.paid)
         self.update(sum(terms.values()))
@@ -774,8 +772,8 @@ class Trainer:
         if self.step == last_call and not curriculum.learned:
             if RANK == 0:
                 what = f"level {curriculum.newest[0]} is not learned after {self.step} steps"
-                then = "all levels are in use from here on" + ", thoughts cost" * bool(decides)
-                print(f"{what}: {then}", flush=True)
+                then = ", and thoughts cost once the warm-up is over" if decides else ""
+                print(f"{what}: all levels are in use{then}", flush=True)
             curriculum.open()
         if decides and self.step >= c.warm_up * c.steps and (curriculum.learned or late):
             self.paid = True

@@ -75,8 +75,9 @@ def taken_back(model: GPT, batch: Batch, thinking: Thinking, tried: Tensor) -> f
     grid = train.rollout(model, batch.real, batch.length, thinking)
     V, t = model.config.vocab_size, torch.arange(tried.size(1))
     grid = train.with_wrong_tokens(grid, batch._replace(wrong=tried), 0.0, V)
-    regret = train.read(model, grid, thinking.window).loss[:, :, -1]  # -log p(REVISE), nats
-    asked = grid.present[:, :, -1] & (t + 2 < batch.length[:, None])  # (B, T)
+    loss = train.read(model, grid, thinking.window).loss
+    regret = loss[:, :, train.WRONG_SLOT]  # -log p(REVISE), nats
+    asked = grid.present[:, :, train.WRONG_SLOT] & (t + 2 < batch.length[:, None])  # (B, T)
     return (regret < math.log(2))[asked].float().mean().item()
 
 
@@ -118,7 +119,7 @@ def revise(model: GPT, batch: Batch, thinking: Thinking, drawn: int, revisions: 
 def thoughts_of(grid: train.Grid, model: GPT) -> Tensor:
     """-> (B, T, R) numbers of the thoughts behind each token, -1 where there is none."""
     number = torch.where(grid.present, grid.token - model.config.vocab_size, -1)
-    return number[:, :, 1:-2]
+    return number[:, :, 1 : train.RECALL_SLOT]
 
 
 @torch.no_grad()

@@ -95,7 +95,8 @@ MODELS = {
 }
 REVISE, ADDITION = "train.py config/revise.toml", "train.py config/addition.toml"
 BACKWARDS = f"{ADDITION} --forget=1 --steps=3000"
-AT_ONCE = "train.py config/chain.toml --curriculum=false --warm_up=1"
+FREE = "train.py config/chain.toml --warm_up=1"
+AT_ONCE = f"{FREE} --curriculum=false"
 OTHER_CHAINS = ("modulo_7", "modulo_10", "characters")
 NOTES = "train.py config/shakespeare_notes.toml --init_from={plain} --plain={plain}"
 SETS = {
@@ -115,7 +116,7 @@ SETS = {
     },
     "demonstrations": {
         ("chains_shown", "shown"): f"{AT_ONCE} && lab/control.py",
-        ("chains", "found"): f"{AT_ONCE} --curriculum=true && lab/control.py",
+        ("chains", "found"): f"{FREE} && lab/control.py",
         ("chains", "neither"): AT_ONCE,
     },
     "observer": {

@@ -49,7 +49,8 @@ def hybrid_loss(gpt, grid: train.Grid, batch, thinking, config: train.Config, pa
     cost = kept.loss * train.counted_tokens(batch)
     returns = train.return_to_go(cost, cut.left, 0.0, config.horizon)
     advantage = returns - train.baseline(returns, cost, config.rollouts)
-    seen = F.pad(cut.used[:, :, 1:-2], (0, 3))  # what follows this cell is a thought behind the cut
+    thoughts = cut.used[:, :, 1 : train.RECALL_SLOT]
+    seen = F.pad(thoughts, (0, 3))  # what follows this cell is a thought behind the cut
     number = grid.next_thought(gpt.config.vocab_size)
     log_p = gpt.thoughts.log_probability(out.thoughts, number)
     terms["thoughts"] = -train.mean(advantage * log_p, seen)
