@@ -144,6 +144,7 @@ class Output(NamedTuple):
     taught_gate: Tensor  # the same, but its gradient goes on into the trunk
     recall: Tensor  # (B, C) logit of RECALL; -inf in a model without
     readings: Tensor  # (B, C, 3) of the observer, see READINGS; (B, C, 0) without one
+    last: Tensor  # (B, C, D) what all of these are made of
     cache: Cache
 
 
@@ -410,6 +411,7 @@ class GPT(nn.Module):
             never if self.gate is None else self.gate(gate_input),
             never if self.recall_gate is None else self.recall_gate(apart),
             readings,
+            x,
             cache,
         )
 

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split, load_vocabulary
-from model import GPT, Cells, Thinking, choose_thought, decide, generate, wants_to_think
+from model import GPT, Cells, Output, Thinking, choose_thought, decide, generate, wants_to_think
 from options import load_config, option, run
 from runs import (
     RANK,
@@ -88,7 +88,7 @@ class Config:
     # optimisation
     steps: int = option(1500, "optimiser steps", 1)
     batch_tokens: int = option(512, "real tokens a step and process, all rollouts counted", 1)
-    lr: float = option(4e-3, "peak learning rate", 0)
+    lr: float = option(2e-3, "peak learning rate", 0)
     gate_lr: float = option(5e-3, "peak learning rate of gates and observer", 0)
     weight_decay: float = option(0.01, "of matrices", 0)
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
@@ -97,8 +97,9 @@ class Config:
     force_think_prob: float = option(1.0, "in the warm-up, of a run of thoughts, of RECALL", 0, 1)
     warm_up: float = option(0.4, "share of the steps, at least, before thoughts cost", 0, 1)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
-    forget: float = option(0.8, "share of the sequences that are cut in a truncated pass", 0, 1)
-    cuts: int = option(1, "truncated passes a step; in all but the first, all are cut late", 1)
+    forget: float = option(
+        0.8, "share of the sequences that are cut: before one thought all is forgotten", 0, 1
+    )
     thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
     rollouts: int = option(4, "of each sequence in the cost phase, compared with each other", 1)
     horizon: int = option(0, "a thought is rewarded by the loss of so many next tokens; 0: all", 0)
@@ -171,62 +172,8 @@ def may_think(grid: Grid, thinking: Thinking) -> Tensor:
     return asked
 
 
-ASK_GATE = -2  # in `forced`
-
-
-@torch.no_grad()
-def rollout(
-    model: GPT, real: Tensor, length: Tensor, thinking: Thinking, generator=None, forced=None
-) -> Grid:
-    """
-    Walk all sequences, real (B, T) ids of length (B,), from left to right, every token given. At
-    token t the gate is asked for a thought, then behind that thought for the next, until no
-    sequence thinks; the last thought waits, and goes through the network with token t + 1.
-    forced: (B, T, R) thoughts to think there, -1: none, ASK_GATE: as the gate says. None: ASK_GATE.
-    """
-    T, V, R = real.size(1), model.config.vocab_size, thinking.runs(model.config)
-    recall = model.config.recall
-    token = real[:, :, None].repeat(1, 1, R + 3)
-    token[:, :, RECALL_SLOT] = V + model.config.n_think if recall else 0
-    present = torch.zeros_like(token, dtype=torch.bool)
-    present[:, :, 0] = torch.arange(T, device=real.device) + 1 < length[:, None]
-    grid, cache, count = Grid(token, present), None, torch.zeros_like(length)[:, None]
-    if not R and not recall:
-        return grid
-    waiting = []  # (t, slot) of cells that have not gone through the network
-    for t in range(int(length.max()) - 1):
-        waiting.append((t, 0))
-        for slot in range(R + 1 if recall else R):  # of the last cell; RECALL may follow any
-            ids = torch.stack([token[:, i, j] for i, j in waiting], dim=1)  # (B, 1 or 2)
-            here = torch.stack([present[:, i, j] for i, j in waiting], dim=1)
-            position = (count + here.cumsum(dim=1) - 1).clamp(min=0)
-            out = model(ids, Cells(position, seen=here), cache, thinking.window)
-            count = count + here.sum(dim=1, keepdim=True)  # (B, 1) cells so far
-            cache = out.cache.last(thinking.window * (1 + R))  # absent cells take columns, too
-            thinks = present[:, t, slot] & (slot < R)
-            if slot == 0 and thinking.after is not None:
-                thinks = thinks & thinking.after.to(real.device)[real[:, t]]
-            if slot < R:
-                wants = wants_to_think(out, slot, thinking, generator)
-                thought = choose_thought(model, out.thoughts[:, -1], thinking, generator)
-                if forced is not None:
-                    given = forced[:, t, slot]
-                    wants = torch.where(given == ASK_GATE, wants, given >= 0)
-                    thought = torch.where(given >= 0, given, thought)
-                thinks = thinks & wants
-                token[:, t, slot + 1], present[:, t, slot + 1] = V + thought, thinks
-            if recall:
-                looks = decide(out.recall[:, -1], thinking.force_recall, thinking, generator)
-                present[:, t, RECALL_SLOT] |= present[:, t, slot] & ~thinks & looks
-            if not thinks.any():
-                waiting = []
-                break
-            waiting = [(t, slot + 1)]
-    return grid
-
-
 class Pass(NamedTuple):
-    """What a parallel pass puts out, (B, T, S, ...); it means something in the cells used only."""
+    """What the cells of a grid put out, (B, T, S, ...); it means something where present only."""
 
     loss: Tensor  # nats: -log p(the token that comes next), or of REVISE at a wrong token
     right: Tensor  # bool: that is the likeliest
@@ -235,111 +182,140 @@ class Pass(NamedTuple):
     taught_gate: Tensor
     recall: Tensor
     readings: Tensor  # (B, T, S, 3 or 0)
+    last: Tensor  # (B, T, S, D)
 
 
-CHUNK = 512  # cells that go through together; in longer streams a window bounds the work
+ASK_GATE = -2  # in `forced`
+CHUNK = 512  # cells that go through the network together, at most, where nothing is to be decided
 
 
-def read(
+def rollout(
     model: GPT,
-    grid: Grid,
-    window: int = 0,
-    used: Tensor | None = None,
-    segment: Tensor | None = None,
-    h: Tensor | None = None,
-    echoes: Tensor | None = None,
-) -> Pass:
+    real: Tensor,
+    length: Tensor,
+    thinking: Thinking,
+    generator: torch.Generator | None = None,
+    forced: Tensor | None = None,
+    cuts: Tensor | None = None,
+    wrong: Tensor | None = None,
+) -> tuple[Grid, Pass]:
     """
-    One parallel pass over a grid. Only the cells `used` (B, T, S) go through the network, moved
-    together to the left; None: those that are present. segment (B, T, S): cells see their own only.
-    h (B, T, S, d): what another pass made its thoughts of; the gradient of a thought in one of the
-    cells `echoes` (B, T, S) flows on into the h of the cell before it (model.Thoughts.echo).
+    Walk all sequences, real (B, T) ids of length (B,), from left to right, every token given. At
+    token t the gate is asked for a thought, then behind that thought for the next, until no
+    sequence thinks; the last thought waits, and goes through the network with token t + 1. Gradient
+    flows through all of it: from a loss through each thought in between to what made it think so.
+    forced: (B, T, R) thoughts to think there, -1: none, ASK_GATE: as the gate says. None: ASK_GATE.
+    cuts: (B, T) bool, a thought that follows this token begins a new segment. wrong: (B, T) ids of
+    wrong tokens to follow this one, -1: none.
     """
-    used = grid.present if used is None else used
-    (B, T, S), config = used.shape, model.config
-    width = max(1, int(used.flatten(1).sum(dim=1).max()))
-    order = used.flatten(1).int().argsort(dim=1, descending=True, stable=True)[:, :width]  # (B, W)
-    order = order + torch.arange(B, device=order.device)[:, None] * (T * S)
+    (B, T), V, R, device = (
+        real.shape,
+        model.config.vocab_size,
+        thinking.runs(model.config),
+        real.device,
+    )
+    S, recall = 1 + R + 2, model.config.recall
+    token, present = real[:, :, None].repeat(1, 1, S), torch.zeros(B, T, S, device=device).bool()
+    present[:, :, 0] = torch.arange(T, device=device) + 1 < length[:, None]
+    beside = []  # slots of cells that nobody sees: they go along with the next token
+    if recall:  # whether anyone looks is decided at the end
+        token[:, :, RECALL_SLOT], present[:, :, RECALL_SLOT] = V + model.config.n_think, True
+        beside.append(RECALL_SLOT)
+    if wrong is not None:
+        token[:, :, WRONG_SLOT], present[:, :, WRONG_SLOT] = wrong.clamp(min=0), wrong >= 0
+        beside.append(WRONG_SLOT)
+    target = F.pad(real[:, 1:], (0, 1))[:, :, None].repeat(1, 1, S)
+    target[:, :, WRONG_SLOT] = V  # REVISE
+    count = torch.zeros_like(length)[:, None]  # (B, 1) cells so far
+    segment, echo, cache = count, None, None  # of the waiting thought, the echo
+    waiting, done, parts = [], [], []  # (t, slot, segment) of cells; what those done put out
 
-    def pick(x: Tensor) -> Tensor:  # (B, T, S, ...) -> (B, W, ...)
-        return x.flatten(0, 2).index_select(0, order.flatten()).unflatten(0, order.shape)
+    def go() -> Output:
+        """All waiting cells through the network."""
+        nonlocal cache, count, waiting, echo
+        ts, slots, segments = zip(*waiting)
+        x, here = model.embed(token[:, ts, slots]), present[:, ts, slots]  # (B, n, D), (B, n)
+        if echo is not None:
+            x = torch.cat([x[:, :1] + echo[:, None], x[:, 1:]], dim=1)
+        lasting = here & torch.tensor(slots, device=device).ge(0)
+        before = count + lasting.cumsum(dim=1) - lasting.long()
+        cells = Cells(before * here)
+        if R or beside:
+            is_recall = torch.tensor(slots, device=device).eq(RECALL_SLOT).expand_as(here)
+            cells = Cells(before * here, torch.cat(segments, dim=1), lasting, is_recall)
+        out = model(x, cells, cache, thinking.window)
+        count, cache = count + lasting.sum(dim=1, keepdim=True), out.cache
+        if not recall:  # absent cells and those beside take columns, too
+            cache = cache.last(thinking.window * (1 + R + len(beside)))
+        aim = target[:, ts, slots]
+        loss = F.cross_entropy(out.logits.flatten(0, 1), aim.flatten(), reduction="none")
+        parts.append((loss.view_as(aim), out.logits.argmax(dim=-1) == aim, *out[1:7]))
+        done.extend(t * S + slot % S for t, slot in zip(ts, slots))
+        waiting, echo = [], None
+        return out
 
-    def put(x: Tensor) -> Tensor:  # (B, W, ...) -> (B, T, S, ...)
-        empty = x.new_zeros(B * T * S, *x.shape[2:])
-        return empty.index_copy(0, order.flatten(), x.flatten(0, 1)).unflatten(0, (B, T, S))
+    for t in range(int(length.max()) - 1):
+        waiting.append((t, 0, segment))
+        asked = present[:, t, 0]
+        if thinking.after is not None:
+            asked = asked & thinking.after.to(device)[real[:, t]]
+        for slot in range(R):
+            if not asked.any():
+                break
+            out = go()
+            h = out.thoughts[:, -1]
+            wants = wants_to_think(out, slot, thinking, generator)
+            thought, echo = choose_thought(model, h, thinking, generator), model.thoughts.echo(h)
+            if forced is not None:
+                given = forced[:, t, slot]
+                wants = torch.where(given == ASK_GATE, wants, given >= 0)
+                thought = torch.where(given >= 0, given, thought)
+                echo = echo * (given < 0)[:, None]
+            asked = asked & wants
+            token[:, t, slot + 1], present[:, t, slot + 1] = V + thought, asked
+            if slot == 0 and cuts is not None:
+                segment = segment + (cuts[:, t] & asked)[:, None]
+            waiting.append((t, slot + 1, segment))
+        waiting += [(t, slot, segment) for slot in beside]
+        if len(waiting) >= CHUNK:
+            go()
+    if waiting:
+        go()
 
-    target = grid.target
-    if config.revise:
-        target = target.clone()
-        target[:, :, WRONG_SLOT] = config.vocab_size
-    cells = Cells(pick(grid.position), None if segment is None else pick(segment))
-    if config.recall or config.revise:  # nobody sees those cells, and RECALL sees everything
-        is_recall = torch.zeros_like(used)
-        is_recall[:, :, RECALL_SLOT] = True
-        cells = cells._replace(seen=pick(without_last(used, 2)), sees_all=pick(is_recall))
-    x = model.embed(pick(grid.token))  # (B, W, D)
-    if h is not None:
-        before = F.pad(h[:, :, :-1], (0, 0, 1, 0))  # of the cell before, which thought it
-        x = x + model.thoughts.echo(pick(before)) * pick(echoes)[..., None]
-    parts, cache = [], None
-    for start in range(0, width, CHUNK):
-        columns = slice(start, start + CHUNK)
-        out = model(x[:, columns], cells.part(columns), cache, window)
-        cache = out.cache if config.recall else out.cache.last(window * (1 + config.revise))
-        parts.append(out[:6])  # all but the cache
-    logits, *rest = (torch.cat(part, dim=1) for part in zip(*parts))
-    target = pick(target)
-    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-    loss, right = loss.view_as(target), logits.argmax(dim=-1) == target
-    return Pass(*(put(part) for part in (loss, right, *rest)))
+    where = torch.tensor(done, device=device)
+
+    def put(x: Tensor) -> Tensor:  # (B, cells done, ...) -> (B, T, S, ...)
+        empty = x.new_zeros(B, T * S, *x.shape[2:])
+        return empty.index_copy(1, where, x).unflatten(1, (T, S))
+
+    out = Pass(*(put(torch.cat(part, dim=1)) for part in zip(*parts)))
+    grid = Grid(token, present)
+    if recall:
+        looks = decide(out.recall, thinking.force_recall, thinking, generator) & ~grid.thinks
+        present[:, :, RECALL_SLOT] = (looks & without_last(present, 2)).any(dim=2)
+    return grid, out
 
 
 # ----------------------------------------------------------------------------------------------
 # forgetting
 
-CUT_LATE = 0.7  # share of cuts shortly before the answer, with no thought left but the one there
 
-
-class Cut(NamedTuple):
-    """What is left of a grid in a truncated pass."""
-
-    left: Grid  # without thoughts that are hidden
-    used: Tensor  # (B, T, S) cells behind the cut; of a sequence without one, all
-    segment: Tensor  # (B, T, S)
-    depth: Tensor  # (B,) tokens of the prompt behind a late cut whose thoughts are hidden
-
-
-def draw_cut(grid: Grid, batch: Batch, share: float, late: float) -> Cut:
+def draw_cuts(batch: Batch, share: float, rollouts: int = 1) -> Tensor:
     """
-    A cut falls right before a thought that follows a token of the prompt (not its last), so that
-    this thought is the first thing in view. A `share` of the sequences is cut, at a random such
-    place. But a share `late` of those is cut at the last place, or the one before, or the one
-    before that .., with probabilities 1/2, 1/4, 1/8 .., and loses its thoughts behind that place.
-    Then the thought at the cut must tell by itself what the next few tokens need: not only the
-    answer, but all that makes a difference to it later. Otherwise a later thought, thought in full
-    view, would know it. A text is all prompt, and every token of it counts: if it is cut, then at
-    every place.
+    Where to forget -> (B, T) bool, for `rollout`: from a thought that follows this token on,
+    nothing before that thought is visible. So it must tell all that is needed later. In full view
+    nobody needs a thought, for the prompt can be looked up. A `share` of the sequences is cut, at a
+    random token of the prompt (not its last); a text, which is all prompt, at every token. The
+    rollouts of a sequence, which stand one behind the other, are cut alike.
     """
-    (B, T, S), device = grid.token.shape, grid.token.device
-    t = torch.arange(T, device=device)
-    places = grid.present[:, :, 1] & (t + 1 < batch.prompt[:, None])  # (B, T)
-    behind = places.flip(1).cumsum(dim=1).flip(1) - 1  # (B, T) places behind each place
-    depth = (-torch.rand(B, 1, device=device).clamp(min=1e-6).log2()).long()  # 0: 1/2, 1: 1/4 ..
-    depth = torch.minimum(depth, behind[:, :1]).clamp(min=0)
-    anywhere = torch.rand(B, T, device=device).masked_fill(~places, -1).argmax(dim=1)
+    B, T = batch.real.shape
+    t = torch.arange(T, device=batch.real.device)
+    places = t + 1 < batch.prompt[:, None]  # (B, T)
+    one = torch.rand(B, T, device=t.device).masked_fill(~places, -1).argmax(dim=1)
     is_text = (batch.prompt == batch.length)[:, None]
-    is_cut = torch.rand(B, 1, device=device) < share
-    is_late = (torch.rand(B, 1, device=device) < late) & is_cut & places.any(1, True) & ~is_text
-    cuts = torch.where(is_late, behind == depth, F.one_hot(anywhere, T).bool()) | is_text
-    cuts = cuts & places & is_cut  # (B, T)
-    so_far = cuts.cumsum(dim=1)  # (B, T) cuts up to each token, its own included
-    present = without_last(grid.present, 1)
-    hidden = is_late & (so_far > 0) & ~cuts
-    present[:, :, 1:RECALL_SLOT] &= ~hidden[:, :, None]
-    segment = so_far[:, :, None].repeat(1, 1, S)
-    segment[:, :, 0] -= cuts.long()  # the token before the thought stays in front of the cut
-    used = present & ((segment > 0) | ~cuts.any(dim=1)[:, None, None])
-    return Cut(grid._replace(present=present), used, segment, (depth * is_late)[:, 0])
+    cuts = places & (F.one_hot(one, T).bool() | is_text)
+    cuts &= torch.rand(B, 1, device=t.device) < share
+    return cuts[::rollouts].repeat_interleave(rollouts, dim=0)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -438,18 +414,6 @@ def observer_loss(readings: Tensor, targets: list[Tensor], known: list[Tensor]) 
     return sum(mean(error, where) for error, where in zip(errors, known))
 
 
-IMITATE = 0.01  # weight of imitation_loss
-
-
-def imitation_loss(model: GPT, kept: Pass, left: Grid) -> Tensor:
-    """
-    -log p, in the truncated pass, of the rollout's thoughts: behind the cut one should think what
-    one thought in full view. In sequences without a cut it makes surer of what was drawn.
-    """
-    number = left.next_thought(model.config.vocab_size)
-    return -mean(model.thoughts.log_probability(kept.thoughts, number), left.thinks)
-
-
 def demonstration_loss(model: GPT, out: Pass, grid: Grid, batch: Batch, asked: Tensor) -> Tensor:
     """-log p of what to think, and of when, where thoughts are demonstrated -> scalar, nats."""
     shown = batch.shown[:, None, None]
@@ -459,20 +423,18 @@ def demonstration_loss(model: GPT, out: Pass, grid: Grid, batch: Batch, asked: T
     return -mean(what, grid.thinks & shown) - mean(when, asked & shown)
 
 
-def with_wrong_tokens(grid: Grid, batch: Batch, share: float, V: int) -> Grid:
+def wrong_tokens(batch: Batch, share: float, V: int) -> Tensor:
     """
-    Put wrong tokens beside the true ones, for REVISE: those that the data hold, and for a share of
-    the tokens that the model may have emitted itself a random other one. Nobody sees them.
+    Wrong tokens to teach REVISE, for `rollout` -> (B, T) ids, -1: none: those that the data hold,
+    and for a share of the tokens that the model may have emitted itself a random other one.
     """
-    B, T, _ = grid.token.shape
-    drawn = (batch.real + torch.randint(1, V, (B, T), device=batch.real.device)) % V
-    tried = torch.rand(B, T, device=batch.real.device) < share
+    drawn = (batch.real + torch.randint_like(batch.real, 1, V)) % V
+    tried = torch.rand(drawn.shape, device=drawn.device) < share
     wrong = torch.where(batch.wrong >= 0, batch.wrong, torch.where(tried, drawn, -1))
     wrong = F.pad(wrong[:, 1:], (0, 1), value=-1)  # it stands behind the token before it
-    token, present = grid.token.clone(), grid.present.clone()
-    token[:, :, WRONG_SLOT] = wrong.clamp(min=0)
-    present[:, :, WRONG_SLOT] = (wrong >= 0) & counted_tokens(batch)[:, :, 0] & present[:, :, 0]
-    return Grid(token, present)
+    t = torch.arange(wrong.size(1), device=wrong.device)
+    emitted = counted_tokens(batch)[:, :, 0] & (t + 1 < batch.length[:, None])
+    return torch.where(emitted, wrong, -1)
 
 
 def answers_right(out: Pass, grid: Grid, counted: Tensor) -> Tensor:
@@ -480,61 +442,39 @@ def answers_right(out: Pass, grid: Grid, counted: Tensor) -> Tensor:
     return (out.right | ~(grid.emits & counted)).flatten(1).all(dim=1)
 
 
-def hybrid_loss(model, grid: Grid, batch: Batch, thinking: Thinking, config: Config, paid: bool):
+def hybrid_loss(model, grid, out: Pass, batch, whole: Tensor, thinking, config, paid: bool) -> dict:
     """
-    All of a training step between rollout and optimiser -> {name: term}, which add up to the loss,
-    and for the curriculum two (B,) bool: the answer is right in the first truncated pass (of a
-    plain GPT in the full pass); and that may be expected: no thought of the prompt was hidden.
+    All of a training step between rollout and optimiser -> {name: term}, which add up to the loss.
+    whole (B,): sequences without a cut. Only there gates and observer learn: later they will see
+    everything, too, and where a thought would be the cut it is not thoughts that cost.
     """
-    counted, window, terms = counted_tokens(batch), config.window, {}
-    if config.revise:
-        grid = with_wrong_tokens(grid, batch, config.revise, model.config.vocab_size)
-    out = read(model, grid, window)  # the full pass
+    counted, shown, terms = counted_tokens(batch), batch.shown[:, None, None], {}
+    whole = whole[:, None, None]
     terms["tokens"] = token_loss(out.loss, grid, counted, config.thinking_weight)
-    right, expected = answers_right(out, grid, counted), torch.ones_like(batch.shown)
     if config.revise:
         wrong = grid.present[:, :, WRONG_SLOT]  # each weighs as much as a token does
         share = mean(wrong.float(), grid.present[:, :, 0] & counted[:, :, 0])
         terms["revise"] = share * mean(out.loss[:, :, WRONG_SLOT], wrong)
-
-    # Truncated passes: what comes after a cut needs the thought there, and only here the losses of
-    # later tokens reach the h of earlier thoughts. In full view nobody needs a thought, for the
-    # prompt can be looked up: its gradient would teach little, and costs as much.
-    if model.config.n_bits:
-        echoes = F.pad(grid.thinks[:, :, :-1], (1, 0)) & ~batch.shown[:, None, None]
-        for look in range(config.cuts if config.forget else 1):
-            share, late = (1.0, 1.0) if look else (config.forget, CUT_LATE)
-            cut = draw_cut(grid, batch, share, late)
-            # RECALL sees past a cut, so then all cells go through; only those behind it are charged
-            used = cut.left.present if config.recall else cut.used
-            kept = read(model, grid, window, used, cut.segment, out.thoughts, echoes)
-            left = cut.left._replace(present=cut.used)
-            loss = token_loss(kept.loss, left, counted, config.thinking_weight)
-            terms["truncated"] = terms.get("truncated", 0.0) + loss
-            if look == 0:
-                terms["imitation"] = IMITATE * imitation_loss(model, kept, left)
-                right, expected = answers_right(kept, left, counted), cut.depth == 0
-
     cost = out.loss.detach() * counted
     price = config.think_cost * paid
     returns = return_to_go(cost, grid, price, config.horizon)
-    asked, shown = may_think(grid, thinking), batch.shown[:, None, None]
+    asked = may_think(grid, thinking)
     if paid:
         advantage = returns - baseline(returns, cost, config.rollouts)
         if model.config.n_bits:
-            asked_here = asked & ~shown
-            terms["gate"] = gate_loss(out.gate, grid.thinks, asked_here, advantage, config.explore)
+            here = asked & whole & ~shown
+            terms["gate"] = gate_loss(out.gate, grid.thinks, here, advantage, config.explore)
         if config.recall:
-            last = without_last(grid.recalls | grid.emits, 2)
+            last = without_last(grid.recalls | grid.emits, 2) & whole
             terms["recall"] = gate_loss(out.recall, grid.recalls, last, advantage, config.explore)
     if config.observer:
-        present = grid.emits | grid.thinks | grid.recalls
+        present = (grid.emits | grid.thinks | grid.recalls) & whole
         worth, known = value_of_thinking(cost, grid, config, config.rollouts if paid else 1)
         targets = [out.loss, worth, -returns]
-        terms["observer"] = observer_loss(out.readings, targets, [present, known, present])
+        terms["observer"] = observer_loss(out.readings, targets, [present, known & whole, present])
     if batch.thoughts.size(2) and model.config.n_bits:
         terms["demonstrations"] = demonstration_loss(model, out, grid, batch, asked)
-    return terms, right, expected
+    return terms
 
 
 # ----------------------------------------------------------------------------------------------
@@ -550,8 +490,7 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
     """
     was_training = model.training
     model.eval()
-    grid = rollout(model, batch.real, batch.length, thinking, generator)
-    out = read(model, grid, thinking.window)
+    grid, out = rollout(model, batch.real, batch.length, thinking, generator)
     right = answers_right(out, grid, counted_tokens(batch))
     if model.config.revise:
         for i, (prompt, end) in enumerate(zip(batch.prompt.tolist(), batch.length.tolist())):
@@ -628,9 +567,9 @@ class Curriculum:
         self.stages = self.stages[: self.stage] + [len(self.every)]
         self.right = 0.0
 
-    def grow(self, level: Tensor, right: Tensor, expected: Tensor) -> None:
-        """level (B,); right, expected (B,) bool: answered right, and whether one may expect it."""
-        counted = (level >= self.newest[0]) & expected
+    def grow(self, level: Tensor, right: Tensor) -> None:
+        """level (B,); right (B,) bool: answered right."""
+        counted = level >= self.newest[0]
         hits, count = total(torch.stack([(right & counted).sum(), counted.sum()])).tolist()
         if count:
             self.right += RATE * (hits / count - self.right)
@@ -730,13 +669,20 @@ class Trainer:
         if batch.thoughts.size(2):
             forced = F.pad(batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=-1)
             forced = torch.where(batch.shown[:, None, None], forced, ASK_GATE)
+        several = c.rollouts if self.paid else 1
+        cuts = draw_cuts(batch, c.forget, several) if c.n_bits else None
+        wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
         half = self.device == "cuda" and torch.cuda.is_bf16_supported()
-        # Without the cache: it would hand the rollout's weights, cast without a gradient, on.
-        with torch.autocast(self.device, torch.bfloat16, enabled=half, cache_enabled=False):
-            grid = rollout(self.model, batch.real, batch.length, thinking, forced=forced)
-            terms, right, expected = hybrid_loss(self.network, grid, batch, thinking, c, self.paid)
+        with torch.autocast(self.device, torch.bfloat16, enabled=half):
+            how = {"forced": forced, "cuts": cuts, "wrong": wrong}
+            grid, out = rollout(self.network, batch.real, batch.length, thinking, **how)
+            whole = torch.ones_like(batch.shown)
+            if c.n_bits:
+                whole = ~(cuts & grid.thinks[:, :, 0]).any(dim=1)
+            terms = hybrid_loss(self.model, grid, out, batch, whole, thinking, c, self.paid)
         self.update(sum(terms.values()))
-        self.curriculum.grow(batch.level, right, expected)
+        right = answers_right(out, grid, counted_tokens(batch))
+        self.curriculum.grow(batch.level, right)
         tokens = int(grid.emits.sum())
         log = {"step": self.step, "paid": self.paid, "level": self.curriculum.levels[-1]}
         log |= {"loss": terms.pop("tokens").item()}

@@ -30,7 +30,7 @@ import train
 from model import GPT, Thinking, choose_thought, choose_token, generate
 from options import load_config, option, run
 
-PARTS = ("rollout", "full pass", "truncated pass", "backward", "optimiser", "the rest")
+PARTS = ("rollout", "backward", "optimiser", "the rest")
 THINKING = Thinking(force=1.0, greedy=True)  # a thought behind each token
 
 
@@ -67,14 +67,13 @@ class Clock:
         self.ms[part] += 1e3 * (now - self.last)
         self.last = now
 
-    def on(self, function: Callable, first: str, later: str = "") -> Callable:
-        """The function, its first call timed as one part, the others as another."""
-        names = iter([first])
+    def on(self, function: Callable, part: str) -> Callable:
+        """The function, timed as a part."""
 
         def timed(*arguments, **options):
             self("the rest")
             result = function(*arguments, **options)
-            self(next(names, later))
+            self(part)
             return result
 
         return timed
@@ -86,7 +85,6 @@ def step(trainer: train.Trainer, paid: bool) -> dict[str, float]:
     hook = trainer.optimisers[0].register_step_pre_hook(lambda *_: clock("backward"))
     with (
         patch.object(train, "rollout", clock.on(train.rollout, "rollout")),
-        patch.object(train, "read", clock.on(train.read, "full pass", "truncated pass")),
         patch.object(trainer, "update", clock.on(trainer.update, "optimiser")),
     ):
         trainer.train_step()

@@ -97,25 +97,18 @@ def look(subject: Subject, batch: Batch) -> tuple[train.Grid, dict[str, Tensor]]
     trouble is expected; "loss" of the next token and "cost" to go, nats, and "right"; "own", the
     number of the thought it would think; "last" (B, T, S, D), what the token logits are made of.
     """
-    model, trained, seen = subject.model, subject.trained, []
-    grid = train.rollout(model, batch.real, batch.length, subject.thinking)
-    hook = model.norm.register_forward_hook(lambda _module, _x, y: seen.append(y))
-    out = train.read(model, grid, trained.window)
-    hook.remove()
-    x = torch.cat(seen, dim=1)  # (B, W, D), cells that are present, moved to the left
-    there = torch.arange(x.size(1)) < grid.present.flatten(1).sum(dim=1, keepdim=True)
-    last = x.new_zeros(*grid.present.shape, x.size(2))
-    last[grid.present] = x[there]
-    p = model.head(last).softmax(dim=-1)
+    model, trained = subject.model, subject.trained
+    grid, out = train.rollout(model, batch.real, batch.length, subject.thinking)
+    p = model.head(out.last).softmax(dim=-1)
     cost = out.loss * train.counted_tokens(batch)
     found = dict(zip(READINGS, out.readings.unbind(dim=-1)))
     found |= {"entropy": torch.special.entr(p).sum(dim=-1), "largest probability": -p.amax(dim=-1)}
-    found |= {"gate": out.gate, "loss": out.loss, "right": out.right, "last": last}
+    found |= {"gate": out.gate, "loss": out.loss, "right": out.right, "last": out.last}
     found["cost"] = -train.return_to_go(cost, grid, trained.think_cost, trained.horizon)
     if model.thoughts is not None:
         found["own"] = model.thoughts.likeliest(out.thoughts)
     if subject.probe is not None:
-        probes = F.pad(last, (0, 1), value=1.0) @ subject.probe  # (B, T, S, 2)
+        probes = F.pad(out.last, (0, 1), value=1.0) @ subject.probe  # (B, T, S, 2)
         found["probe of loss"], found["probe of cost"] = probes.unbind(dim=-1)
     return grid, found
 
@@ -186,8 +179,8 @@ def intervene(subject: Subject, batch: Batch, own: Tensor, cell: Tensor) -> Tens
     for told in (torch.full_like(own, -1), own):
         forced = torch.full((B, T * R), train.ASK_GATE).scatter(1, cell[:, None], told)
         how = subject.model, batch.real, batch.length, subject.thinking
-        grid = train.rollout(*how, forced=forced.view(B, T, R))
-        loss = train.read(subject.model, grid, trained.window).loss * grid.emits
+        grid, out = train.rollout(*how, forced=forced.view(B, T, R))
+        loss = out.loss * grid.emits
         costs.append((loss.sum(dim=2) * counted).sum(dim=1))
     return costs[0] - costs[1]
 

@@ -72,11 +72,10 @@ def taken_back(model: GPT, batch: Batch, thinking: Thinking, tried: Tensor) -> f
     Share that REVISE takes back of the tokens `tried` (B, T) in an answer, each behind the right
     ones; -1: none is tried. A sequence's last token does not count: what was said is never revised.
     """
-    grid = train.rollout(model, batch.real, batch.length, thinking)
     V, t = model.config.vocab_size, torch.arange(tried.size(1))
-    grid = train.with_wrong_tokens(grid, batch._replace(wrong=tried), 0.0, V)
-    loss = train.read(model, grid, thinking.window).loss
-    regret = loss[:, :, train.WRONG_SLOT]  # -log p(REVISE), nats
+    wrong = train.wrong_tokens(batch._replace(wrong=tried), 0.0, V)
+    grid, out = train.rollout(model, batch.real, batch.length, thinking, wrong=wrong)
+    regret = out.loss[:, :, train.WRONG_SLOT]  # -log p(REVISE), nats
     asked = grid.present[:, :, train.WRONG_SLOT] & (t + 2 < batch.length[:, None])  # (B, T)
     return (regret < math.log(2))[asked].float().mean().item()
 
@@ -151,8 +150,8 @@ def follow(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
         other = batch._replace(real=torch.where(is_answer, batch.real[donor], batch.real))
         result[level] = {"rows": int(asked.sum())}
         for name, wanted in (("follows", other), ("keeps", batch)):
-            again = train.rollout(model, wanted.real, wanted.length, thinking, forced=forced)
-            out = train.read(model, again, thinking.window)
+            how = (model, wanted.real, wanted.length, thinking)
+            again, out = train.rollout(*how, forced=forced)
             hits = train.answers_right(out, again, train.counted_tokens(wanted))
             result[level][name] = hits[asked].float().mean().item()
     return result
@@ -163,7 +162,7 @@ def shown(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
     result = {}
     for level in split.levels:
         batch = split.first(rows, level)
-        grid = train.rollout(model, batch.real, batch.length, thinking)
+        grid, _ = train.rollout(model, batch.real, batch.length, thinking)
         thoughts = thoughts_of(grid, model)[batch.shown]
         told = F.pad(batch.thoughts, (0, thoughts.size(2) - batch.thoughts.size(2)), value=-1)
         same = thoughts == told[batch.shown]  # (B, T, R)

@@ -85,7 +85,6 @@ ONE = "config/automata.toml"  # one configuration, all automata
 PLAIN = f"train.py {ONE} --n_bits=0 --curriculum=false"
 MODELS = {
     "thinking": f"train.py {ONE}",
-    "cuts_anywhere": f"lab/variants/cuts_anywhere.py {ONE}",
     "plain_1": PLAIN,
     "plain_2": f"{PLAIN} --n_layer=2",
     "plain_4": f"{PLAIN} --n_layer=4",

@@ -217,7 +217,7 @@ def make_trace(texts: list[str], config: ObserveConfig, model: GPT, vocabulary, 
                 new, end = config.max_new_tokens, vocabulary.row_end
                 ids = generate(model, ids, new, *how, stop=end)
             real = torch.tensor([ids], device=device)
-            grid = rollout(model, real, torch.tensor([len(ids)], device=device), *how)
+            grid, _ = rollout(model, real, torch.tensor([len(ids)], device=device), *how)
             sequences.append(trace(model, grid, given, thinking, vocabulary))
         except ValueError as error:
             raise DataError(str(error)) from None

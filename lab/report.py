@@ -140,7 +140,7 @@ def meaning(model: GPT, vocabulary: Vocabulary, thinking: Thinking, probe: dict)
     label = [torch.tensor([index[value] for value in row]) for row in probe["labels"]]
     real, label = pad_sequence(rows, True), pad_sequence(label, True, padding_value=-1)  # (B, T)
     generator = torch.Generator(device).manual_seed(0)
-    grid = rollout(model, real.to(device), length.to(device), thinking, generator)
+    grid, _ = rollout(model, real.to(device), length.to(device), thinking, generator)
     thinks = grid.thinks.cpu() & (label >= 0)[:, :, None]  # (B, T, S)
     thoughts = grid.next_thought(model.config.vocab_size).cpu()[thinks]  # (N,)
     labels = label[:, :, None].expand_as(thinks)[thinks]  # (N,)

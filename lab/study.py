@@ -70,13 +70,14 @@ def notes(model: GPT, thinking: Thinking, generator, context: Tensor) -> Tensor:
     """(B, T) tokens, read with the thoughts the model has on the way -> (B, R) ids of the note."""
     real = F.pad(context, (0, 1))  # the last token of a rollout is never read itself
     length = torch.full_like(real[:, 0], real.size(1))
-    grid = rollout(model, real, length, thinking, generator)
+    grid, _ = rollout(model, real, length, thinking, generator)
     thoughts = slice(1, 1 + thinking.max_run)
     number = grid.token[:, :, thoughts] - model.config.vocab_size  # (B, T + 1, R)
     forced = torch.where(grid.present[:, :, thoughts], number, -1)
     forced[:, -2] = ASK_GATE
     always = dataclasses.replace(thinking, force=1.0, price=None, after=None)
-    return rollout(model, real, length, always, generator, forced).token[:, -2, thoughts]
+    grid, _ = rollout(model, real, length, always, generator, forced)
+    return grid.token[:, -2, thoughts]
 
 
 def after_forgetting(thinker, plain, real: Tensor, frequency: Tensor) -> dict:
@@ -157,7 +158,7 @@ def where_and_what(thinker, text: Text, vocabulary: Vocabulary, size: int) -> di
     for real, at in zip(windows.split(PART), index.split(PART)):
         real = real.to(generator.device)
         length = torch.full_like(real[:, 0], real.size(1))
-        grid = rollout(model, real, length, thinking, generator)
+        grid, _ = rollout(model, real, length, thinking, generator)
         asked = may_think(grid, thinking)[:, :, 0].cpu()
         parts = (grid.thinks[:, :, 0].cpu(), grid.token[:, :, 1].cpu(), at)
         found.append(torch.stack([part[asked].long() for part in parts]))

@@ -1,6 +1,6 @@
 """
 What several tests share: a tiny model of two minds about thinking, grids written out by hand, the
-slow twin of `train.read`, and a data folder made once.
+slow twin of `train.rollout`, and a data folder made once.
 """
 
 import os
@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 from data.dataset import Batch  # noqa: E402
-from model import GPT, Cells, GPTConfig, Output  # noqa: E402
-from train import Config, Grid  # noqa: E402
+from model import GPT, Cells, GPTConfig, Output, Thinking  # noqa: E402
+from train import WRONG_SLOT, Config, Grid, rollout  # noqa: E402
 
 V, D_BITS, K = 5, 2, 4  # real tokens, bits of a thought, thoughts of the tiny model
 RECALL = V + K
@@ -77,19 +77,39 @@ def batch_of(grid, prompt, **changes):
     return Batch.plain(grid.token[:, :, 0], length, prompt, length)._replace(**changes)
 
 
-def alone(model, grid, b, window=0, used=None, segment=None):
+def replay(model, grid, window=0, **how):
+    """What a rollout puts out whose thoughts and wrong tokens are those of the grid."""
+    real, runs = grid.token[:, :, 0], grid.token.size(2) - 3
+    thoughts = slice(1, 1 + runs)
+    number = grid.token[:, :, thoughts] - model.config.vocab_size
+    how["forced"] = torch.where(grid.present[:, :, thoughts], number, -1)
+    wrong = torch.where(grid.present[:, :, WRONG_SLOT], grid.token[:, :, WRONG_SLOT], -1)
+    if (wrong >= 0).any():
+        how["wrong"] = wrong
+    length = grid.present[:, :, 0].sum(dim=1) + 1
+    return rollout(model, real, length, Thinking(max_run=runs, window=window), **how)[1]
+
+
+def segments(grid, cuts):
+    """(B, T) bool, where a sequence is cut if it thinks there -> (B, T, S)."""
+    begins = torch.zeros_like(grid.token)
+    begins[:, :, 1] = cuts & grid.thinks[:, :, 0]
+    return begins.flatten(1).cumsum(dim=1).view_as(begins)
+
+
+def alone(model, grid, b, window=0, segment=None):
     """
-    The slow twin of train.read: one sequence by itself, cell behind cell, with a mask written out
-    rule by rule -> {(t, slot): model.Output without its cache} of the cells `used`.
+    The slow twin of a rollout: one sequence by itself, without cache, cell behind cell, with a mask
+    written out rule by rule -> {(t, slot): model.Output without its cache} of the cells present.
     """
-    used, S = grid.present if used is None else used, grid.token.size(2)
+    used, S = grid.present, grid.token.size(2)
     cells, position, lasting = [], [], 0
     for t in range(grid.token.size(1)):
         for slot in range(S):
             if used[b, t, slot]:
                 cells.append((t, slot))
                 position.append(lasting)
-            lasting += bool(grid.present[b, t, slot]) and slot < S - 2
+                lasting += slot < S - 2
     sees = torch.zeros(len(cells), len(cells), dtype=torch.bool)
     for i, (t, slot) in enumerate(cells):
         for j, (t_key, slot_key) in enumerate(cells[: i + 1]):

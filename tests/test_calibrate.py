@@ -14,7 +14,7 @@ from data.dataset import Batch
 from lab import calibrate
 from lab.calibrate import Subject, auroc, blinded, intervene, look, ranks, spearman
 from model import Thinking
-from train import may_think, read, rollout
+from train import may_think, rollout
 
 
 def test_ranks_share_ties():
@@ -97,9 +97,9 @@ def test_the_value_of_a_thought_is_that_of_two_rollouts_that_differ_in_it(subjec
             forced = torch.full((1, 8, 2), train.ASK_GATE)
             forced[0, :t], forced[0, t, :run] = so_far[:t], so_far[t, :run]
             forced[0, t, run] = thought
-            other = rollout(model, real, length, thinking, forced=forced)
+            other, out = rollout(model, real, length, thinking, forced=forced)
             assert bool(other.thinks[0, t, run]) == (thought >= 0)
-            loss = (read(model, other).loss * other.emits).sum(dim=2)[0]
+            loss = (out.loss * other.emits).sum(dim=2)[0]
             first = max(t, 2)  # a prompt of 3 tokens: the loss at its last is the answer's first
             costs.append(loss[first : t + horizon if horizon else None].sum())
         torch.testing.assert_close(values[b], costs[0] - costs[1], atol=1e-5, rtol=1e-5)
@@ -125,7 +125,7 @@ def test_a_blinded_model_is_one_whose_observer_nobody_listens_to(subject, batch)
 
 def test_errors_are_foretold_only_where_the_answer_is_right_so_far(subject, batch, monkeypatch):
     """By hand: of two answers of three tokens one is wrong from its second on."""
-    grid = rollout(subject.model, batch.real[:2], torch.tensor([6, 6]), Thinking("never"))
+    grid, _ = rollout(subject.model, batch.real[:2], torch.tensor([6, 6]), Thinking("never"))
     right = torch.ones_like(grid.present)
     right[1, 3:] = False
     scores = torch.zeros(grid.present.shape)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import RECALL, K, V, batch_of, call, grid_of, seeded, small, streams_of
+from conftest import RECALL, K, V, batch_of, call, grid_of, replay, seeded, small, streams_of
 
 import runs
 import train
@@ -17,10 +17,8 @@ from train import (
     ASK_GATE,
     answers_right,
     counted_tokens,
-    draw_cut,
-    read,
     rollout,
-    with_wrong_tokens,
+    wrong_tokens,
 )
 
 # ----------------------------------------------------------------------------------------------
@@ -31,7 +29,7 @@ def moved(model, grid, **how):
     """[[token, slot], ...]: cells whose output changes when the first token is another one."""
     other = grid._replace(token=grid.token.clone())
     other.token[0, 0, 0] += 1
-    before, after = (read(model, g, **how).thoughts[0] for g in (grid, other))
+    before, after = (replay(model, g, **how).thoughts[0] for g in (grid, other))
     return ((before != after).any(dim=-1) & grid.present[0]).nonzero().tolist()
 
 
@@ -39,11 +37,9 @@ def moved(model, grid, **how):
 def test_recall_sees_past_a_window_and_past_a_cut_where_others_do_not(tiny, layers):
     model = tiny(recall=True, n_layer=layers)
     grid = grid_of([[0, 1, 5, 2, 6, 3, RECALL, 1, RECALL, 4]])
-    begins = torch.zeros_like(grid.token)
-    begins[0, 1, 1] = 1  # the thought behind 1 is the first cell behind the cut
-    segment = begins.flatten(1).cumsum(dim=1).view_as(begins)
+    cuts = torch.arange(grid.token.size(1))[None] == 1  # the thought behind 1 is the first behind
     recalls = [[3, 3], [4, 3]]  # token, slot
-    cut = moved(model, grid, segment=segment)
+    cut = moved(model, grid, cuts=cuts)
     assert cut == [[0, 0], [1, 0], *recalls]
     reach = 1 + layers  # in a window of two positions each layer sees one cell further back
     window = moved(model, grid, window=2)
@@ -53,13 +49,12 @@ def test_recall_sees_past_a_window_and_past_a_cut_where_others_do_not(tiny, laye
 def test_nobody_sees_a_recall_or_a_wrong_token(tiny):
     model = tiny(recall=True, revise=True)
     bare, recalled = grid_of([[0, 5, 1, 2, 6, 3]]), grid_of([[0, 5, RECALL, 1, RECALL, 2, 6, 3]])
-    beside = with_wrong_tokens(recalled, batch_of(recalled, 1), 1.0, V)
-    assert beside.present[0, :, -1].tolist() == [True, True, True, False]
-    alone, there = read(model, bare, 3), bare.present
-    for grid in (recalled, beside):
-        for a, b in zip(alone, read(model, grid, 3)):
-            torch.testing.assert_close(a[there], b[there])
-    a, b = read(model, recalled, 3), read(model, beside, 3)
+    wrong = wrong_tokens(batch_of(recalled, 1), 1.0, V)
+    assert (wrong >= 0).tolist() == [[True, True, True, False]]
+    alone, there = model(bare.token[bare.present][None], window=3), bare.present
+    a, b = replay(model, recalled, 3), replay(model, recalled, 3, wrong=wrong)
+    for found in (a, b):
+        torch.testing.assert_close(found.gate[there], alone.gate[0])
     torch.testing.assert_close(a.loss[recalled.present], b.loss[recalled.present])
 
 
@@ -69,10 +64,11 @@ def test_a_wrong_token_regrets_what_it_would_if_it_had_been_emitted(tiny):
     real = torch.tensor([[1, 2, 3, 4, 0]])
     batch = Batch.plain(real, torch.tensor([5]), torch.tensor([1]), torch.tensor([1]))
     wrong = torch.tensor([[-1, 0, 1, 2, 1]])
-    grid = rollout(model, real, batch.length, Thinking())
-    grid = with_wrong_tokens(grid, batch._replace(wrong=wrong), 0.0, V)
+    wrong_next = wrong_tokens(batch._replace(wrong=wrong), 0.0, V)
     for window in (0, 2):
-        regret = read(model, grid, window).loss[0, :, -1]
+        thinking = Thinking(window=window)
+        _, out = rollout(model, real, batch.length, thinking, wrong=wrong_next)
+        regret = out.loss[0, :, -1]
         for t in range(4):
             emitted = torch.cat([real[:, : t + 1], wrong[:, t + 1 : t + 2]], dim=1)
             logits = model(emitted, window=window).logits[0, -1]
@@ -84,16 +80,15 @@ def test_a_wrong_token_regrets_what_it_would_if_it_had_been_emitted(tiny):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_pass_recalls_where_the_rollout_did(tiny, seed):
+def test_a_cell_that_emits_recalls_where_its_gate_says_so(tiny, seed):
     model = tiny(seed, recall=True, revise=seed % 2 > 0, n_bits=seed % 3).double()
     real = torch.randint(V, (6, 9), generator=seeded(seed))
     length = torch.tensor([9, 2, 7, 3, 9, 4])
     thinking = Thinking(max_run=2, greedy=True, window=(0, 3)[seed % 2])
-    grid = rollout(model, real, length, thinking)
+    grid, out = rollout(model, real, length, thinking)
     asked = grid.present & ~grid.thinks
     asked[:, :, -2:] = False
     assert 0 < grid.recalls.sum() < asked.sum()
-    out = read(model, grid, thinking.window)
     assert torch.equal(grid.recalls[asked], (out.recall > 0)[asked])
 
 
@@ -110,10 +105,10 @@ def test_generate_does_what_a_rollout_over_its_own_answer_does(tiny, seed):
     thinking = Thinking(max_run=2, greedy=True, window=(0, 4)[seed % 2])
     tokens, happened = heard(model, [1, 3], 7, thinking)
     real, length, prompt = torch.tensor([tokens]), torch.tensor([9]), torch.tensor([2])
-    grid = rollout(model, real, length, thinking)
+    grid, out = rollout(model, real, length, thinking)
     assert streams_of(grid)[0] == [token for _, token in happened[:-1]]
     counted = counted_tokens(Batch.plain(real, length, prompt, length))
-    assert answers_right(read(model, grid, thinking.window), grid, counted).all()
+    assert answers_right(out, grid, counted).all()
 
 
 def random_case(tiny, case):
@@ -155,25 +150,6 @@ def test_nothing_hidden_ever_shows_and_every_limit_holds(tiny):
         assert order.count("recall") == order.count("recall token"), "what it saw is said at once"
         seen += counts
     assert min(seen[what] for what in ("think", "recall", "revise")) > 40
-
-
-# ----------------------------------------------------------------------------------------------
-# the loss
-
-
-@pytest.mark.parametrize("recall", [False, True])
-def test_no_later_thought_helps_behind_a_late_cut(tiny, recall, monkeypatch):
-    """Else a model with RECALL would be let off: its later thoughts, thought in full view, know."""
-    grid = grid_of([[0, 5, 1, 6, 2, 7, 3, 8, 4, 1]], runs=1)
-    drawn = (draw_cut(grid, batch_of(grid, 4), 1.0, 1.0) for _ in range(99))
-    cut = next(cut for cut in drawn if cut.depth)
-    monkeypatch.setattr(train, "draw_cut", lambda *_: cut)
-    model, losses = tiny(recall=recall), []
-    for hidden in (7, 8):  # the thought behind 2; the cut falls behind 1
-        cut.left.token[0, 2, 1] = grid.token[0, 2, 1] = hidden
-        how = Thinking(), train.Config(recall=recall), False
-        losses.append(train.hybrid_loss(model, grid, batch_of(grid, 4), *how)[0]["truncated"])
-    assert torch.equal(*losses)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -272,7 +248,7 @@ def test_a_sequence_thinks_as_before_but_anothers_thought_at_one_place(tiny, bat
 
 def test_demonstrated_thoughts_are_followed_where_they_are_its_own(tiny, batch):
     model, thinking = tiny(2), Thinking(greedy=True, max_run=2)
-    grid = rollout(model, batch.real, batch.length, thinking)
+    grid, _ = rollout(model, batch.real, batch.length, thinking)
     told = torch.where(grid.present, grid.token - V, -1)[:, :, 1:-2]
     shown = torch.arange(30) < 20
     batch = batch._replace(thoughts=told, shown=shown)

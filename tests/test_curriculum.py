@@ -8,15 +8,13 @@ import train
 from data.dataset import Rows
 from train import LAST_CALL, MASTERED, POOL, Curriculum, Trainer, pools
 
-EXPECTED = torch.ones(100, dtype=torch.bool)
 
-
-def feed(curriculum, share, times=100, level=None, expected=EXPECTED):
+def feed(curriculum, share, times=100, level=None):
     """The same batch over and over, until a stage is gained: a share of the newest is right."""
     stage, level = curriculum.stage, curriculum.newest[0] if level is None else level
     right = torch.arange(100) < round(100 * share)
     for _ in range(times):
-        curriculum.grow(torch.full((100,), level), right, expected)
+        curriculum.grow(torch.full((100,), level), right)
         if curriculum.stage > stage or curriculum.learned:
             break
 
@@ -47,15 +45,12 @@ def test_the_next_levels_come_when_the_newest_are_mastered_and_not_before():
     assert curriculum.learned and curriculum.mastered == [2, 3, 5]
 
 
-def test_only_sequences_of_the_newest_levels_with_their_last_cut_count():
+def test_only_sequences_of_the_newest_levels_count():
     curriculum = large()
     feed(curriculum, 1.0)
-    for old_or_not_expected in ({"level": 1}, {"expected": ~EXPECTED}):
-        before = vars(curriculum).copy()
-        feed(curriculum, 1.0, **old_or_not_expected)
-        assert vars(curriculum) == before
-    feed(curriculum, 0.5, expected=torch.arange(100) < 50)
-    assert curriculum.stage == 2, "half are right, and those are all that may be expected to be"
+    before = vars(curriculum).copy()
+    feed(curriculum, 1.0, level=1)
+    assert vars(curriculum) == before
 
 
 def test_half_of_a_batch_is_of_the_newest_levels_as_long_as_they_are_not_learned():
@@ -145,25 +140,27 @@ def test_at_the_last_call_all_levels_come_into_use_and_thoughts_cost(trainer, ca
 
 
 def test_a_step_draws_what_the_curriculum_says_and_tells_it_what_was_right(trainer, monkeypatch):
-    drawn, said, heard = [], [], []
-    draw, loss = trainer.rows.draw, train.hybrid_loss
-
-    def listen(model, grid, batch, *how):
-        terms, right, expected = loss(model, grid, batch, *how)
-        said.append((batch.level, right, expected))
-        return terms, right, expected
+    drawn, walked, heard = [], [], []
+    draw, walk = trainer.rows.draw, train.rollout
 
     def note(size, levels, generator, newest):
-        drawn.append((levels, newest))
-        return draw(size, levels, generator, newest=newest)
+        drawn.append((levels, newest, draw(size, levels, generator, newest=newest)))
+        return drawn[-1][2]
 
-    monkeypatch.setattr(train, "hybrid_loss", listen)
+    def listen(*what, **how):
+        walked.append(walk(*what, **how))
+        return walked[-1]
+
+    monkeypatch.setattr(train, "rollout", listen)
     monkeypatch.setattr(trainer.rows, "draw", note)
     monkeypatch.setattr(Curriculum, "grow", lambda self, *what: heard.append(what))
     trainer.curriculum.stage = 1  # levels 1 and 2, of which 2 is new
     trainer.train_step()
-    assert drawn == [([1, 2], 1)]
-    assert all(map(torch.equal, heard[0], said[0])) and 0 < heard[0][2].sum() < len(heard[0][2])
+    levels, newest, batch = drawn[0]
+    assert (levels, newest) == ([1, 2], 1) and torch.equal(heard[0][0], batch.level)
+    grid, out = walked[0]
+    right = train.answers_right(out, grid, train.counted_tokens(batch))
+    assert torch.equal(heard[0][1], right) and 0 < right.sum() < len(right)
 
 
 def test_in_the_cost_phase_each_sequence_is_rolled_out_several_times(trainer):

@@ -1,12 +1,12 @@
-"""The grid: what it says by hand, and its two fast ways, rollout and read, against slow ones."""
+"""The grid: what it says by hand, and the rollout against slow, obvious ones."""
 
 import pytest
 import torch
-from conftest import RECALL, K, V, alone, grid_of, seeded, streams_of
+from conftest import RECALL, K, V, alone, grid_of, replay, seeded, segments, streams_of
 
 import train
 from model import Thinking, decide
-from train import ASK_GATE, Grid, may_think, read, rollout
+from train import ASK_GATE, may_think, rollout
 
 # ----------------------------------------------------------------------------------------------
 # what a grid says
@@ -34,10 +34,6 @@ def test_a_cell_thinks_or_recalls_or_emits_and_a_wrong_token_does_none_of_these(
 def test_recall_and_a_wrong_token_stand_where_the_next_cell_will(grid):
     position = grid.position[grid.present].tolist()
     assert position == [0, 1, 2, 3, 4, 4, 4, 5]  # 0 5 6 1, RECALL and 4, then 2 7
-
-
-def test_all_cells_of_a_token_have_the_next_token_to_predict(grid):
-    assert by_token(grid.target) == [[1] * 5, [2] * 5, [3] * 5, [0] * 5]
 
 
 def test_the_gate_is_asked_except_behind_a_run_that_is_over_or_a_token_that_forbids_it(grid):
@@ -110,7 +106,7 @@ def test_a_rollout_is_what_one_gets_cell_by_cell_with_the_whole_stream_each_time
         model = tiny(seed, **sizes).double()
         real = torch.randint(V, (5, 9), generator=seeded(seed))
         length = torch.tensor([9, 2, 7, 3, 9])
-        grid = rollout(model, real, length, thinking)
+        grid, _ = rollout(model, real, length, thinking)
         twin = [step_by_step(model, r[:n], thinking) for r, n in zip(real, length)]
         assert streams_of(grid) == twin
         runs |= set(grid.thinks.sum(dim=2)[grid.present[:, :, 0]].tolist())
@@ -125,31 +121,31 @@ def test_forced_thoughts_are_thought_and_the_gate_says_the_rest(tiny):
     real, length = torch.randint(V, (4, 8), generator=seeded(0)), torch.tensor([8, 5, 8, 8])
     forced = torch.randint(ASK_GATE, K, (4, 8, 2), generator=seeded(1))
     forced[:, 0], forced[:, 1] = torch.tensor([3, 1]), torch.tensor([2, -1])
-    grid = rollout(model, real, length, thinking, forced=forced)
+    grid, _ = rollout(model, real, length, thinking, forced=forced)
     twin = [step_by_step(model, r[:n], thinking, f) for r, n, f in zip(real, length, forced)]
     assert streams_of(grid) == twin
     assert all(stream[1:3] == [V + 3, V + 1] and stream[4] == V + 2 for stream in twin)
-    silent = rollout(model, real, length, thinking, forced=torch.full_like(forced, -1))
-    assert rollout(model, real, length, thinking).thinks.any() and not silent.thinks.any()
+    silent, _ = rollout(model, real, length, thinking, forced=torch.full_like(forced, -1))
+    free, _ = rollout(model, real, length, thinking)
+    assert free.thinks.any() and not silent.thinks.any()
 
 
 def test_a_plain_model_and_one_that_must_not_think_hold_real_tokens_only(tiny):
     real, length = torch.randint(V, (3, 6), generator=seeded(0)), torch.tensor([6, 2, 4])
     for model, thinking in ((tiny(n_bits=0), Thinking()), (tiny(), Thinking("never", force=1.0))):
-        grid = rollout(model, real, length, thinking)
+        grid, _ = rollout(model, real, length, thinking)
         assert streams_of(grid) == [r[: n - 1].tolist() for r, n in zip(real, length)]
 
 
 def test_ablations_take_away_what_thoughts_say_but_not_when_they_are_thought(tiny):
-    """What each cell would have thought is read off the grid itself."""
     model, real = tiny(3), torch.randint(V, (40, 6), generator=seeded(0))
     length, drawn = torch.full((40,), 6), []
     for mode in ("policy", "swapped", "constant", "random"):
         thinking = Thinking(mode, force=1.0, greedy=True, constant=2)
-        grid = rollout(model, real, length, thinking, seeded(1))
+        grid, out = rollout(model, real, length, thinking, seeded(1))
         assert grid.thinks[:, :5, 0].all()
         thought = grid.token[:, :5, 1] - V
-        own = model.thoughts.likeliest(read(model, grid).thoughts)[:, :5, 0]
+        own = model.thoughts.likeliest(out.thoughts)[:, :5, 0]
         if mode == "policy":
             assert torch.equal(thought, own)
         if mode == "swapped":
@@ -177,94 +173,95 @@ def test_choices_are_drawn_with_the_gates_probability_and_explored_at_least_a_li
 
 def test_a_forced_run_is_whole_or_not_at_all(tiny):
     real, length = torch.randint(V, (50, 9), generator=seeded(0)), torch.full((50,), 9)
-    grid = rollout(tiny(), real, length, Thinking(max_run=3, force=0.5), seeded(0))
+    grid, _ = rollout(tiny(), real, length, Thinking(max_run=3, force=0.5), seeded(0))
     runs = grid.thinks.sum(dim=2)[:, :8]
     assert set(runs.unique().tolist()) == {0, 3} and 0.4 < (runs == 3).float().mean() < 0.6
 
 
 # ----------------------------------------------------------------------------------------------
-# the parallel pass
+# what it puts out
 
 
 def agrees(model, grid, b, found, slow):
-    """What a pass says about sequence b is what the sequence says alone."""
+    """What a rollout says about sequence b is what the sequence says alone."""
     for (t, slot), (logits, *rest) in slow.items():
         wrong = slot == grid.token.size(2) - 1
         target = V if wrong else int(grid.token[b, t + 1, 0])
         right = int(logits.argmax()) == target
-        wanted = [-logits.log_softmax(dim=0)[target], torch.tensor(right), *rest]
-        for part, value in zip(found, wanted):
+        wanted = [-logits.log_softmax(dim=0)[target], torch.tensor(right), *rest[:-1]]
+        for part, value in zip(found, wanted, strict=True):
             torch.testing.assert_close(part[b, t, slot], value)
 
 
-def mixed(model, seed=0, **thinking):
+REAL, LENGTH = torch.randint(V, (6, 9), generator=seeded(0)), torch.tensor([9, 2, 7, 3, 9, 4])
+
+
+def mixed(model, window=0, real=REAL, **how):
     """A rollout of sequences of all lengths, with wrong tokens where the model has REVISE."""
-    length = torch.tensor([9, 2, 7, 3, 9, 4])
-    real = torch.randint(V, (6, 9), generator=seeded(seed))
-    grid = rollout(model, real, length, Thinking(max_run=2, **thinking), seeded(seed))
     if model.config.revise:
-        tried = torch.rand(6, 9, generator=seeded(seed)) < 0.8
-        grid.present[:, :, -1] = tried & grid.present[:, :, 0]
-        grid.token[:, :, -1] = (real + 1) % V
-    return grid
+        tried = torch.rand(6, 9, generator=seeded(0)) < 0.8
+        tried &= torch.arange(9) + 1 < LENGTH[:, None]
+        how["wrong"] = torch.where(tried, (REAL + 1) % V, -1)
+    return rollout(model, real, LENGTH, Thinking(max_run=2, window=window), seeded(0), **how)
 
 
 MODELS = {
+    "plain": {"n_bits": 0},
     "bare": {},
     "observer": {"observer": "0,1"},
     "recall": {"recall": True},
     "revise": {"revise": True},
+    "plain with both": {"n_bits": 0, "recall": True, "revise": True},
     "all": {"recall": True, "revise": True, "observer": "1", "n_positions": 60},
 }
 
 
-@pytest.mark.parametrize("chunk", [512, 5, 3])
 @pytest.mark.parametrize("window", [0, 1, 4])
 @pytest.mark.parametrize("sizes", MODELS)
-def test_a_packed_pass_is_each_sequence_alone(tiny, monkeypatch, sizes, window, chunk):
-    monkeypatch.setattr(train, "CHUNK", chunk)
+def test_a_rollout_puts_out_what_each_sequence_does_alone_without_a_cache(tiny, sizes, window):
     model = tiny(1, **MODELS[sizes]).double()
-    grid = mixed(model)
-    found = read(model, grid, window)
+    grid, found = mixed(model, window)
     for b in range(6):
         agrees(model, grid, b, found, alone(model, grid, b, window))
+
+
+@pytest.mark.parametrize("chunk", [3, 5])
+def test_how_many_cells_go_together_makes_no_difference(tiny, monkeypatch, chunk):
+    for sizes in MODELS.values():
+        model = tiny(1, **sizes).double()
+        grid, found = mixed(model, 4)
+        monkeypatch.setattr(train, "CHUNK", chunk)
+        other, again = mixed(model, 4)
+        assert torch.equal(grid.present, other.present)
+        for a, b in zip(found, again):
+            torch.testing.assert_close(a[grid.present], b[grid.present])
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("sizes", MODELS)
 def test_cells_see_their_own_segment_only_and_recall_sees_everything(tiny, sizes, window):
     model = tiny(1, **MODELS[sizes]).double()
-    grid = mixed(model)
-    begins = torch.rand(grid.present.shape, generator=seeded(0)) < 0.2
-    segment = begins.flatten(1).cumsum(dim=1).view_as(grid.token)
-    used = grid.present & (torch.rand(grid.present.shape, generator=seeded(1)) < 0.8)
-    found = read(model, grid, window, used, segment)
+    cuts = torch.rand(6, 9, generator=seeded(2)) < 0.5
+    grid, found = mixed(model, window, cuts=cuts)
+    segment = segments(grid, cuts)
+    assert bool(segment.any()) == (model.config.n_bits > 0)
     for b in range(6):
-        agrees(model, grid, b, found, alone(model, grid, b, window, used, segment))
+        agrees(model, grid, b, found, alone(model, grid, b, window, segment))
 
 
-def test_a_pass_says_what_the_rollout_heard(tiny):
-    """Greedy thoughts of a rollout with its cache are those of the parallel pass over it."""
+def test_a_rollout_whose_thoughts_are_forced_puts_out_the_same(tiny):
     for sizes in MODELS.values():
         model = tiny(2, **sizes).double()
-        grid = rollout(
-            model,
-            torch.randint(V, (6, 9), generator=seeded(0)),
-            torch.tensor([9, 2, 7, 3, 9, 4]),
-            Thinking(max_run=2, greedy=True, window=4),
-        )
-        out = read(model, grid, 4)
-        asked, thought = may_think(grid, Thinking()), model.thoughts.likeliest(out.thoughts) + V
-        assert torch.equal(grid.thinks[asked], (out.gate > 0)[asked])
-        assert torch.equal(grid.token.roll(-1, dims=2)[grid.thinks], thought[grid.thinks])
+        grid, found = mixed(model, 4)
+        for a, b in zip(found, replay(model, grid, 4)):
+            torch.testing.assert_close(a[grid.present], b[grid.present])
 
 
-def test_nothing_is_asked_of_cells_that_are_not_there(tiny):
-    """Whatever stands in an absent slot, and behind a sequence's end, changes nothing."""
+def test_what_stands_behind_a_sequences_end_changes_nothing(tiny):
     model = tiny(recall=True, revise=True)
-    grid = mixed(model)
-    other = Grid(torch.where(grid.present, grid.token, 1), grid.present)
-    real = torch.arange(9) <= grid.present[:, :, 0].sum(dim=1, keepdim=True)
-    other.token[:, :, 0] = torch.where(real, grid.token[:, :, 0], 2)
-    for a, b in zip(read(model, grid, 3), read(model, other, 3)):
+    there = torch.arange(9) < LENGTH[:, None]
+    (grid, found), (other, again) = mixed(model, 3), mixed(model, 3, torch.where(there, REAL, 2))
+    assert torch.equal(grid.present, other.present)
+    for a, b in zip(found, again):
         assert torch.equal(a[grid.present], b[grid.present])

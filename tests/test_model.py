@@ -383,7 +383,7 @@ def saying(gate=0.0, worth=0.0, rows=2000):
     gate = torch.full((rows, 1), gate)
     readings = torch.tensor([0.0, worth, 0.0]).expand(rows, 1, 3)
     logits, h = torch.zeros(rows, 1, V), torch.zeros(rows, 1, 2)
-    return Output(logits, h, gate, gate, gate, readings, None)
+    return Output(logits, h, gate, gate, gate, readings, None, None)
 
 
 def test_how_often_a_gate_says_yes():
@@ -524,7 +524,7 @@ class Scripted(torch.nn.Module):
         gate = torch.full((1, 1), 9.0 if cell in self.thinks else -9.0)
         h = torch.full((1, 1, 2), 9.0)  # thought 3
         cells = Cells(torch.arange(length + 1)[None])
-        return Output(logits, h, gate, gate, gate - 99, h[..., :0], Cache([], cells))
+        return Output(logits, h, gate, gate, gate - 99, h[..., :0], None, Cache([], cells))
 
 
 def run(model, prompt, new_tokens, after=None, **how):

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import call, grid_of, small
+from conftest import call, grid_of, replay, small
 
 import train
 from data.dataset import DataError, Vocabulary
@@ -25,7 +25,8 @@ GREEDY = Thinking(greedy=True, max_run=2)
 def one(model, thinking=GREEDY, prompt=(0, 1, 2)):
     """-> grid of an answer to a prompt, how long the prompt is."""
     real = torch.tensor([generate(model, list(prompt), 9, thinking)])
-    return train.rollout(model, real, torch.tensor([real.size(1)]), thinking), len(prompt)
+    grid, _ = train.rollout(model, real, torch.tensor([real.size(1)]), thinking)
+    return grid, len(prompt)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def test_a_trace_is_of_the_model_that_answered_cell_by_cell(tiny, window):
 def test_what_a_model_does_not_have_its_trace_does_not_hold(tiny):
     for model in (tiny(n_bits=0), tiny(n_bits=0, observer="quarters"), tiny()):
         ids = torch.tensor([[0, 1, 2, 3]])
-        grid = train.rollout(model, ids, torch.tensor([4]), GREEDY)
+        grid, _ = train.rollout(model, ids, torch.tensor([4]), GREEDY)
         found = trace(model, grid, 4, GREEDY, LETTERS)
         cell = found["cells"][0]
         assert ("gate" in cell) == bool(model.config.n_bits)
@@ -135,10 +136,10 @@ def test_what_a_model_does_not_have_its_trace_does_not_hold(tiny):
         assert not any(c["own"] for c in found["cells"] + [found["last"]]), "it only read"
 
 
-def test_what_recall_sees_is_what_train_reads(tiny):
+def test_what_recall_sees_is_what_a_rollout_sees(tiny):
     model = tiny(recall=True, revise=True)
     grid = grid_of([[0, 6, 1, 7, 9, 2, 9, 3, 4]])
-    loss = train.read(model, grid, 2).loss[grid.present]
+    loss = replay(model, grid, 2).loss[grid.present]
     how = Thinking(greedy=True, max_run=2, window=2)
     cells = trace(model, grid, 5, how, LETTERS)["cells"]
     assert [cell["loss"] for cell in cells] == pytest.approx(loss.tolist(), abs=1e-3)
@@ -156,7 +157,7 @@ def test_of_a_long_text_the_beginning_is_read_through_the_window_of_training(tin
     assert [visible_text(sequence) for sequence in found["sequences"]] == ["abcd" * 3, "ab"]
     thinking = Thinking(greedy=True, max_run=2, window=6)
     ids = torch.tensor([[0, 1, 2, 3] * 3])
-    grid = train.rollout(model, ids, torch.tensor([12]), thinking)
+    grid, _ = train.rollout(model, ids, torch.tensor([12]), thinking)
     assert found["sequences"][0] == trace(model, grid, 12, thinking, LETTERS)
 
 
@@ -285,7 +286,7 @@ def test_the_keyboard_moves_from_token_to_token_and_each_tells_its_numbers(trace
 def test_hostile_text_is_shown_and_never_run(tiny, browse, tmp_path):
     vocabulary = Vocabulary({"vocab": HOSTILE})
     model = tiny(vocab_size=len(HOSTILE), observer="quarters")
-    grid = train.rollout(model, torch.arange(8)[None], torch.tensor([8]), GREEDY)
+    grid, _ = train.rollout(model, torch.arange(8)[None], torch.tensor([8]), GREEDY)
     found = whole(trace(model, grid, 8, GREEDY, vocabulary), task=HOSTILE[0])
     found["notes"].append(HOSTILE[6])
     draw(found, tmp_path / "trace.png")  # a $ starts no formula

@@ -51,7 +51,7 @@ def test_by_chance_thoughts_tell_what_a_small_sample_lets_them():
 def test_what_thoughts_mean_by_hand(tiny, monkeypatch):
     """Behind b one thought, or two; behind a none; nothing behind a token without a label."""
     grid = grid_of([[0, 1, V + 3, 2, V + 1, 4], [1, V + 3, V + 0, RECALL, 0, 1, V + 2, 3, 4]])
-    monkeypatch.setattr(report, "rollout", lambda *_: grid)
+    monkeypatch.setattr(report, "rollout", lambda *_: (grid, None))
     rows = ["abc\n", "babd\n"]
     labels = [["A", "B", None, None], ["B", "A", "B", "A", None]]
     probe = {"name": "letter", "values": ["A", "B", "C"], "rows": rows, "labels": labels}
@@ -112,7 +112,7 @@ def test_accuracy_counts_the_answers_that_generate_gives(tiny, chains, monkeypat
         for row, prompt in zip(batch.real.tolist(), batch.prompt.tolist()):
             new = len(row) - prompt
             right += generate(model, row[:prompt], new, thinking) == row
-            grid = train.rollout(model, torch.tensor([row]), torch.tensor([len(row)]), thinking)
+            grid, _ = train.rollout(model, torch.tensor([row]), torch.tensor([len(row)]), thinking)
             thoughts.append(int(grid.present[:, :, 1:3].sum()))
         assert found["accuracy"][level] == pytest.approx(right / len(batch.real), abs=1e-4)
         mean = sum(thoughts) / len(thoughts)
@@ -126,7 +126,7 @@ def test_the_nats_of_a_text_are_those_of_each_window_alone(tiny, monkeypatch):
     monkeypatch.setattr(report, "PART", 3)
     model, losses, thoughts = tiny(), [], 0
     for real in text.first(8, 12).real:
-        grid = train.rollout(model, real[None], torch.tensor([13]), GREEDY)
+        grid, _ = train.rollout(model, real[None], torch.tensor([13]), GREEDY)
         thoughts += int(grid.present[:, :, 1:3].sum())
         last = {t: (logits, slot) for (t, slot), (logits, *_) in alone(model, grid, 0).items()}
         losses.append([-last[t][0].log_softmax(0)[real[t + 1]].item() for t in range(12)])

@@ -213,7 +213,7 @@ def test_a_note_is_what_the_model_thinks_behind_the_last_token(tiny, max_run):
     assert torch.equal(parts, note)
     for context, ids in zip(contexts, note):
         real, length = F.pad(context, (0, 1))[None], torch.tensor([7])
-        grid = train.rollout(model, real, length, thinking)
+        grid, _ = train.rollout(model, real, length, thinking)
         stream = grid.token[0, :5][grid.present[0, :5]].tolist() + [int(context[-1])]
         for thought in ids.tolist():  # whether it would think here or not
             h = model(torch.tensor([stream])).thoughts[0, -1]

@@ -19,7 +19,7 @@ from model import GPT, Thinking, generate
 from train import CLIP, RISE, Config, Trainer, evaluate, schedule
 
 WATCHED = {"observer": "0", "explore": 0.1}
-PLAIN, NOISY = {"n_bits": 0}, {"dropout": 0.1, "cuts": 2}
+PLAIN, NOISY = {"n_bits": 0}, {"dropout": 0.1}
 EVERYTHING = WATCHED | {"recall": True, "window": 4, "revise": 0.3, "max_run": 2, "horizon": 2}
 
 

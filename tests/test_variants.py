@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, batch_of, call, grid_of, seeded, small
+from conftest import ROOT, batch_of, call, grid_of, replay, seeded, small
 
 import model
 import train
 from data.automata.prepare import main as prepare_automata
-from lab.variants import cuts_anywhere, reinforce
+from lab.variants import reinforce
 from lab.variants.pause import Pause
 from lab.variants.softmax import SoftmaxThoughts
 
@@ -19,14 +19,6 @@ def parity(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
     prepare_automata(["--task=parity", "--levels=8", f"--out={folder}"])
     return folder
-
-
-@pytest.fixture
-def restored(monkeypatch):
-    """What a variant replaces is put back."""
-    for module, name in ((model, "Thoughts"), (train, "Trainer"), (train, "hybrid_loss")):
-        monkeypatch.setattr(module, name, getattr(module, name))
-    monkeypatch.setattr(train, "CUT_LATE", train.CUT_LATE)
 
 
 def test_pause_tokens_are_all_one_thought():
@@ -56,7 +48,7 @@ def test_drawn_softmax_thoughts_match_their_probabilities():
     torch.testing.assert_close(share, h.softmax(dim=-1), atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["pause", "softmax", "reinforce", "cuts_anywhere"])
+@pytest.mark.parametrize("variant", ["pause", "softmax", "reinforce"])
 def test_a_variant_trains_like_the_program(variant, parity, tmp_path):
     options = ["--n_bits=3", "--steps=4", "--eval_rows=10", "--n_embd=16", "--n_head=2"]
     options += [f"--data={parity}", f"--out={tmp_path}", "--report=false"]
@@ -65,26 +57,16 @@ def test_a_variant_trains_like_the_program(variant, parity, tmp_path):
     assert f"lab/variants/{variant}.py" in (ROOT / f"lab/variants/{variant}.py").read_text()
 
 
-def test_cuts_anywhere_never_hides_a_thought(parity, tmp_path, restored, monkeypatch):
-    seen, usual = [], train.draw_cut
-    monkeypatch.setattr(train, "draw_cut", lambda *given: seen.append(usual(*given)) or seen[-1])
-    options = ["--n_bits=3", "--steps=2", "--report=false", "--eval_rows=5", "--cuts=4"]
-    cuts_anywhere.main([*options, f"--data={parity}", f"--out={tmp_path}"])
-    assert len(seen) == 2 and not any(cut.depth.any() for cut in seen)
-    assert all((cut.segment > 0).any() for cut in seen), "there are cuts"
-
-
 def test_reinforce_rewards_a_thought_by_what_comes_behind_it_and_nothing_else(tiny, monkeypatch):
-    """Two rollouts of a sequence, cut at the only thought; the term by hand."""
+    """Two rollouts of a sequence, with one thought each; the term by hand."""
     grid = grid_of([[1, 5, 2, 3, 4], [1, 8, 2, 3, 4]], runs=1)  # the thoughts 0 and 3
     batch, gpt = batch_of(grid, 3), tiny(0)
-    config = train.Config(rollouts=2, forget=1.0)
-    monkeypatch.setattr(reinforce, "usual_loss", lambda *_: ({}, None, None))
-    terms, _, _ = reinforce.hybrid_loss(gpt, grid, batch, None, config, False)
+    monkeypatch.setattr(reinforce, "usual_loss", lambda *_: {})
+    how = grid, replay(gpt, grid), batch, None, None, train.Config(rollouts=2), False
+    terms = reinforce.hybrid_loss(gpt, *how)
     cost = []
-    for thought in (5, 8):  # of the answer, 4, with nothing in view but the thought, 2 and 3
-        cells = model.Cells(torch.tensor([[1, 2, 3]]))
-        logits = gpt(torch.tensor([[thought, 2, 3]]), cells).logits[0, -1]
+    for thought in (5, 8):  # of the answer, 4
+        logits = gpt(torch.tensor([[1, thought, 2, 3]])).logits[0, -1]
         cost.append(-logits.log_softmax(dim=-1)[4])
     h = gpt(torch.tensor([[1]])).thoughts[0, 0]
     log_p = gpt.thoughts.log_probability(h.expand(2, -1), torch.tensor([0, 3]))

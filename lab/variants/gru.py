@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimiser.step()
-        curriculum.grow(batch.level, right, torch.ones_like(right))
+        curriculum.grow(batch.level, right)
         if curriculum.learned and learned_at is None:
             learned_at = (step + 1, round(time.monotonic() - began, 1))
     report = {

@@ -1,6 +1,6 @@
 """
 Variant: what to think is learned by REINFORCE, without the echo: a thought is reinforced by the
-loss of all that follows it in a truncated pass, against the other rollouts of its sequence.
+loss of all that follows it, against the other rollouts of its sequence.
 
   python lab/variants/reinforce.py --steps=800 --warm_up=1 --out=out/reinforce
 
@@ -12,8 +12,6 @@ there must be others to compare with. Arguments are train.py's.
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -39,22 +37,16 @@ class Trainer(train.Trainer):
         return batch
 
 
-def hybrid_loss(gpt, grid: train.Grid, batch, thinking, config: train.Config, paid: bool):
+def hybrid_loss(gpt, grid: train.Grid, out: train.Pass, batch, whole, thinking, config, paid):
     """As train.hybrid_loss, and one more term: minus the mean of advantage times log p(thought)."""
-    terms, right, expected = usual_loss(gpt, grid, batch, thinking, config, paid)
-    out = train.read(gpt, grid, config.window)
-    cut = train.draw_cut(grid, batch, config.forget, train.CUT_LATE)
-    with torch.no_grad():
-        kept = train.read(gpt, grid, config.window, cut.used, cut.segment)
-    cost = kept.loss * train.counted_tokens(batch)
-    returns = train.return_to_go(cost, cut.left, 0.0, config.horizon)
+    terms = usual_loss(gpt, grid, out, batch, whole, thinking, config, paid)
+    cost = out.loss.detach() * train.counted_tokens(batch)
+    returns = train.return_to_go(cost, grid, 0.0, config.horizon)
     advantage = returns - train.baseline(returns, cost, config.rollouts)
-    thoughts = cut.used[:, :, 1 : train.RECALL_SLOT]
-    seen = F.pad(thoughts, (0, 3))  # what follows this cell is a thought behind the cut
     number = grid.next_thought(gpt.config.vocab_size)
     log_p = gpt.thoughts.log_probability(out.thoughts, number)
-    terms["thoughts"] = -train.mean(advantage * log_p, seen)
-    return terms, right, expected
+    terms["thoughts"] = -train.mean(advantage * log_p, grid.thinks)
+    return terms
 
 
 def main(argv: list[str]) -> None:
