@@ -164,7 +164,7 @@ class Thoughts(nn.Module):
     never drawn gets no gradient; here all share the same d rows of weights.
     """
 
-    NOISE = 0.3  # |tanh(h)| near 1: sure of the bit (p > .999); h = 0: a coin flip
+    NOISE = 0.2  # |tanh(h)| near 1: sure of the bit (p > .999); h = 0: a coin flip
 
     def __init__(self, n_bits: int, n_embd: int):
         super().__init__()

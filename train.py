@@ -1,5 +1,5 @@
 """
-Train a GPT to think silently, from scratch: rollout, two parallel passes, hybrid loss, loop.
+Train a GPT to think silently, from scratch: rollout, forgetting, hybrid loss, curriculum, loop.
 
   python train.py                           the main job: chains modulo 5, half a minute
   python train.py --think_cost=0.1          any value of `Config` can be changed; --help lists them
@@ -14,9 +14,8 @@ Glossary, beside model.py's
   rollout         walking through sequences from left to right, thoughts drawn, real tokens given
   grid            a batch of rollouts: behind each real token, slots for what may follow it
   R               thoughts in a row, at most (max_run)
-  full pass       one parallel forward over the grid, everything in view that was in the rollout
-  truncated pass  another, in which a sequence sees nothing from before a cut
   cut             a place right before a thought: nothing before it is visible from there on
+  jump            a place behind which all stands further on, as if much lay in between
   level           how hard a sequence is, e.g. how many operations it has
   warm-up         thoughts cost nothing and are forced; in the cost phase that follows (`paid`), the
                   gate is asked, and each thought has its price
@@ -73,7 +72,7 @@ class Config:
     seed: int = option(1, "of everything that is drawn", 0, 2**32)
     device: str = option("auto", "auto, cpu, cuda or mps")
     threads: int = option(0, "CPU threads, 0 for torch's choice", 0)
-    compile: bool = option(False, "torch.compile the parallel passes")
+    compile: bool = option(False, "torch.compile the network")
     block: int = option(64, "tokens in a window of a text; sequences have their own lengths", 1)
     # the network
     n_bits: int = option(8, "bits of a thought; 0 trains a plain GPT", 0, 24)
@@ -87,7 +86,7 @@ class Config:
     window: int = option(0, "positions in view, in training and after; 0 for all", 0)
     # optimisation
     steps: int = option(1500, "optimiser steps", 1)
-    batch_tokens: int = option(512, "real tokens a step and process, all rollouts counted", 1)
+    batch_tokens: int = option(1024, "real tokens a step and process, all rollouts counted", 1)
     lr: float = option(2e-3, "peak learning rate", 0)
     gate_lr: float = option(5e-3, "peak learning rate of gates and observer", 0)
     weight_decay: float = option(0.01, "of matrices", 0)
@@ -97,9 +96,7 @@ class Config:
     force_think_prob: float = option(1.0, "in the warm-up, of a run of thoughts, of RECALL", 0, 1)
     warm_up: float = option(0.4, "share of the steps, at least, before thoughts cost", 0, 1)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
-    forget: float = option(
-        0.8, "share of the sequences that are cut: before one thought all is forgotten", 0, 1
-    )
+    forget: float = option(0.8, "share of the sequences that are cut; in the others, jumps", 0, 1)
     thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
     rollouts: int = option(4, "of each sequence in the cost phase, compared with each other", 1)
     horizon: int = option(0, "a thought is rewarded by the loss of so many next tokens; 0: all", 0)
@@ -141,17 +138,6 @@ class Grid(NamedTuple):
     def emits(self) -> Tensor:  # (B, T, S) this cell says the next token
         return without_last(self.present, 1) & ~self.thinks & ~self.recalls
 
-    @property
-    def position(self) -> Tensor:
-        """(B, T, S) in the stream. RECALL and a wrong token stand where the next cell will."""
-        lasting = without_last(self.present, 2).flatten(1).long()
-        return (lasting.cumsum(dim=1) - lasting).view_as(self.present)
-
-    @property
-    def target(self) -> Tensor:  # (B, T, S) ids to be predicted, wrong tokens excepted
-        real = self.token[:, :, 0]
-        return F.pad(real[:, 1:], (0, 1))[:, :, None].expand_as(self.token)
-
     def next_thought(self, V: int) -> Tensor:  # (B, T, S) where a cell thinks: what; else 0
         return (self.token.roll(-1, dims=2) - V) * self.thinks
 
@@ -172,7 +158,7 @@ def may_think(grid: Grid, thinking: Thinking) -> Tensor:
     return asked
 
 
-class Pass(NamedTuple):
+class Outputs(NamedTuple):
     """What the cells of a grid put out, (B, T, S, ...); it means something where present only."""
 
     loss: Tensor  # nats: -log p(the token that comes next), or of REVISE at a wrong token
@@ -185,7 +171,23 @@ class Pass(NamedTuple):
     last: Tensor  # (B, T, S, D)
 
 
-ASK_GATE = -2  # in `forced`
+def empty_grid(model: GPT, real: Tensor, length: Tensor, runs: int, wrong: Tensor | None) -> Grid:
+    """
+    Nothing is thought yet. wrong (B, T): ids of wrong tokens to follow each token, -1: none. Every
+    RECALL is present: whether anyone takes it is decided at the end.
+    """
+    token = real[:, :, None].repeat(1, 1, 1 + runs + 2)
+    present = torch.zeros_like(token, dtype=torch.bool)
+    present[:, :, 0] = torch.arange(real.size(1), device=real.device) + 1 < length[:, None]
+    if model.config.recall:
+        token[:, :, RECALL_SLOT] = model.config.vocab_size + model.config.n_think
+        present[:, :, RECALL_SLOT] = True
+    if wrong is not None:
+        token[:, :, WRONG_SLOT], present[:, :, WRONG_SLOT] = wrong.clamp(min=0), wrong >= 0
+    return Grid(token, present)
+
+
+NO_THOUGHT, ASK_GATE, THINK = -1, -2, -3  # in `forced`
 CHUNK = 512  # cells that go through the network together, at most, where nothing is to be decided
 
 
@@ -197,102 +199,94 @@ def rollout(
     generator: torch.Generator | None = None,
     forced: Tensor | None = None,
     cuts: Tensor | None = None,
+    jumps: Tensor | None = None,
     wrong: Tensor | None = None,
-) -> tuple[Grid, Pass]:
+) -> tuple[Grid, Outputs]:
     """
     Walk all sequences, real (B, T) ids of length (B,), from left to right, every token given. At
     token t the gate is asked for a thought, then behind that thought for the next, until no
     sequence thinks; the last thought waits, and goes through the network with token t + 1. Gradient
     flows through all of it: from a loss through each thought in between to what made it think so.
-    forced: (B, T, R) thoughts to think there, -1: none, ASK_GATE: as the gate says. None: ASK_GATE.
-    cuts: (B, T) bool, a thought that follows this token begins a new segment. wrong: (B, T) ids of
-    wrong tokens to follow this one, -1: none.
+    forced: (B, T, R) thoughts to think there, or NO_THOUGHT, or THINK: one of its own, or ASK_GATE;
+    None: ASK_GATE everywhere.
+    cuts: (B, T) bool, a thought that follows this token begins a new segment.
+    jumps: (B, T) positions by which all that follows this token is moved ahead.
+    wrong: see empty_grid.
     """
-    (B, T), V, R, device = (
-        real.shape,
-        model.config.vocab_size,
-        thinking.runs(model.config),
-        real.device,
-    )
-    S, recall = 1 + R + 2, model.config.recall
-    token, present = real[:, :, None].repeat(1, 1, S), torch.zeros(B, T, S, device=device).bool()
-    present[:, :, 0] = torch.arange(T, device=device) + 1 < length[:, None]
-    beside = []  # slots of cells that nobody sees: they go along with the next token
-    if recall:  # whether anyone looks is decided at the end
-        token[:, :, RECALL_SLOT], present[:, :, RECALL_SLOT] = V + model.config.n_think, True
-        beside.append(RECALL_SLOT)
-    if wrong is not None:
-        token[:, :, WRONG_SLOT], present[:, :, WRONG_SLOT] = wrong.clamp(min=0), wrong >= 0
-        beside.append(WRONG_SLOT)
-    target = F.pad(real[:, 1:], (0, 1))[:, :, None].repeat(1, 1, S)
-    target[:, :, WRONG_SLOT] = V  # REVISE
-    count = torch.zeros_like(length)[:, None]  # (B, 1) cells so far
-    segment, echo, cache = count, None, None  # of the waiting thought, the echo
-    waiting, done, parts = [], [], []  # (t, slot, segment) of cells; what those done put out
+    (B, T), config, device = real.shape, model.config, real.device
+    R, V = thinking.runs(config), config.vocab_size
+    grid, S = empty_grid(model, real, length, R, wrong), 1 + R + 2
+    token, present = grid.token.view(B, T * S), grid.present.view(B, T * S)  # the same memory
+    begins = torch.zeros(B, T * S, dtype=torch.long, device=device)  # here a segment begins
+    moved = begins.clone().view(B, T, S)
+    if jumps is not None:
+        moved = moved + jumps.cumsum(dim=1)[:, :, None]
+        moved[:, :, 0] -= jumps  # what follows the token, not the token
+    moved, target = moved.view(B, T * S), F.pad(real[:, 1:], (0, 1))  # (B, T) the next token
+    kind = torch.arange(T * S, device=device) % S  # the slot of each cell
+    beside = [S + RECALL_SLOT] * config.recall + [S + WRONG_SLOT] * (wrong is not None)
+    count, cache, echo = torch.zeros_like(length)[:, None], None, None  # cells so far, (B, 1)
+    waiting, done, parts = [], [], []  # cells; those that are done, and what they put out
 
     def go() -> Output:
         """All waiting cells through the network."""
-        nonlocal cache, count, waiting, echo
-        ts, slots, segments = zip(*waiting)
-        x, here = model.embed(token[:, ts, slots]), present[:, ts, slots]  # (B, n, D), (B, n)
-        if echo is not None:
+        nonlocal count, cache, echo
+        x, here, slot = model.embed(token[:, waiting]), present[:, waiting], kind[waiting]
+        if echo is not None:  # of the thought that waits, which is the first
             x = torch.cat([x[:, :1] + echo[:, None], x[:, 1:]], dim=1)
-        lasting = here & torch.tensor(slots, device=device).ge(0)
-        before = count + lasting.cumsum(dim=1) - lasting.long()
-        cells = Cells(before * here)
+        lasting = here & (slot <= R)  # others stand where the next cell will, and nobody sees them
+        position = (count + lasting.cumsum(dim=1) - lasting.long()) * here + moved[:, waiting]
+        cells = Cells(position)
         if R or beside:
-            is_recall = torch.tensor(slots, device=device).eq(RECALL_SLOT).expand_as(here)
-            cells = Cells(before * here, torch.cat(segments, dim=1), lasting, is_recall)
+            segment = begins.cumsum(dim=1)[:, waiting] if cuts is not None else begins[:, waiting]
+            cells = Cells(position, segment, lasting, (slot == S + RECALL_SLOT).expand_as(here))
         out = model(x, cells, cache, thinking.window)
-        count, cache = count + lasting.sum(dim=1, keepdim=True), out.cache
-        if not recall:  # absent cells and those beside take columns, too
+        count, cache, echo = count + lasting.sum(dim=1, keepdim=True), out.cache, None
+        if not config.recall:  # absent cells, and those beside, take columns, too
             cache = cache.last(thinking.window * (1 + R + len(beside)))
-        aim = target[:, ts, slots]
+        aim = target[:, [cell // S for cell in waiting]].masked_fill(slot == S + WRONG_SLOT, V)
         loss = F.cross_entropy(out.logits.flatten(0, 1), aim.flatten(), reduction="none")
         parts.append((loss.view_as(aim), out.logits.argmax(dim=-1) == aim, *out[1:7]))
-        done.extend(t * S + slot % S for t, slot in zip(ts, slots))
-        waiting, echo = [], None
+        done.extend(waiting)
+        waiting.clear()
         return out
 
     for t in range(int(length.max()) - 1):
-        waiting.append((t, 0, segment))
-        asked = present[:, t, 0]
+        waiting.append(t * S)
+        asked = present[:, t * S]
         if thinking.after is not None:
             asked = asked & thinking.after.to(device)[real[:, t]]
-        for slot in range(R):
+        for run in range(R):
             if not asked.any():
                 break
             out = go()
             h = out.thoughts[:, -1]
-            wants = wants_to_think(out, slot, thinking, generator)
+            wants = wants_to_think(out, run, thinking, generator)
             thought, echo = choose_thought(model, h, thinking, generator), model.thoughts.echo(h)
             if forced is not None:
-                given = forced[:, t, slot]
-                wants = torch.where(given == ASK_GATE, wants, given >= 0)
+                given = forced[:, t, run]
+                wants = torch.where(given == ASK_GATE, wants, given != NO_THOUGHT)
                 thought = torch.where(given >= 0, given, thought)
                 echo = echo * (given < 0)[:, None]
-            asked = asked & wants
-            token[:, t, slot + 1], present[:, t, slot + 1] = V + thought, asked
-            if slot == 0 and cuts is not None:
-                segment = segment + (cuts[:, t] & asked)[:, None]
-            waiting.append((t, slot + 1, segment))
-        waiting += [(t, slot, segment) for slot in beside]
+            asked, cell = asked & wants, t * S + run + 1
+            token[:, cell], present[:, cell] = V + thought, asked
+            if cuts is not None and run == 0:
+                begins[:, cell] = cuts[:, t] & asked
+            waiting.append(cell)
+        waiting += [t * S + slot for slot in beside]
         if len(waiting) >= CHUNK:
             go()
     if waiting:
         go()
 
-    where = torch.tensor(done, device=device)
-
     def put(x: Tensor) -> Tensor:  # (B, cells done, ...) -> (B, T, S, ...)
-        empty = x.new_zeros(B, T * S, *x.shape[2:])
+        empty, where = x.new_zeros(B, T * S, *x.shape[2:]), torch.tensor(done, device=device)
         return empty.index_copy(1, where, x).unflatten(1, (T, S))
 
-    out = Pass(*(put(torch.cat(part, dim=1)) for part in zip(*parts)))
-    grid = Grid(token, present)
-    if recall:
+    out = Outputs(*(put(torch.cat(part, dim=1)) for part in zip(*parts)))
+    if config.recall:
         looks = decide(out.recall, thinking.force_recall, thinking, generator) & ~grid.thinks
-        present[:, :, RECALL_SLOT] = (looks & without_last(present, 2)).any(dim=2)
+        grid.present[:, :, RECALL_SLOT] = (looks & without_last(grid.present, 2)).any(dim=2)
     return grid, out
 
 
@@ -300,22 +294,28 @@ def rollout(
 # forgetting
 
 
-def draw_cuts(batch: Batch, share: float, rollouts: int = 1) -> Tensor:
+JUMP = 64  # positions, at most
+
+
+def draw_cuts(batch: Batch, share: float, rollouts: int = 1) -> tuple[Tensor, Tensor]:
     """
-    Where to forget -> (B, T) bool, for `rollout`: from a thought that follows this token on,
-    nothing before that thought is visible. So it must tell all that is needed later. In full view
-    nobody needs a thought, for the prompt can be looked up. A `share` of the sequences is cut, at a
-    random token of the prompt (not its last); a text, which is all prompt, at every token. The
-    rollouts of a sequence, which stand one behind the other, are cut alike.
+    Where to forget, and where to jump -> (B, T) bool, (B, T) positions, for `rollout`.
+    A `share` of the sequences is cut at a random token of the prompt (not its last): from a thought
+    that follows it on, nothing before that thought is visible. So it must tell all that is needed
+    later. In full view nobody needs a thought, for the prompt can be looked up. In the others, at
+    such a token, positions jump ahead, so that one learns to look further back than any of them is
+    long. A text, which is all prompt, is cut at every token and jumps nowhere. The rollouts of a
+    sequence, which stand one behind the other, are treated alike.
     """
-    B, T = batch.real.shape
-    t = torch.arange(T, device=batch.real.device)
-    places = t + 1 < batch.prompt[:, None]  # (B, T)
-    one = torch.rand(B, T, device=t.device).masked_fill(~places, -1).argmax(dim=1)
+    (B, T), device = batch.real.shape, batch.real.device
+    places = torch.arange(T, device=device) + 1 < batch.prompt[:, None]  # (B, T)
+    one = torch.rand(B, T, device=device).masked_fill(~places, -1).argmax(dim=1)
+    one = F.one_hot(one, T).bool() & places
     is_text = (batch.prompt == batch.length)[:, None]
-    cuts = places & (F.one_hot(one, T).bool() | is_text)
-    cuts &= torch.rand(B, 1, device=t.device) < share
-    return cuts[::rollouts].repeat_interleave(rollouts, dim=0)
+    is_cut = torch.rand(B, 1, device=device) < share
+    cuts = torch.where(is_text, places, one) & is_cut
+    jumps = (one & ~is_cut & ~is_text) * torch.randint(JUMP + 1, (B, 1), device=device)
+    return tuple(x[::rollouts].repeat_interleave(rollouts, dim=0) for x in (cuts, jumps))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -337,9 +337,7 @@ def token_loss(loss: Tensor, grid: Grid, counted: Tensor, thinking_weight: float
     """
     Mean of the (B, T, S) loss over the cells that emit a token that counts -> scalar. A cell that
     goes on to think, or to RECALL, is charged with a weight for what it would have emitted. So, of
-    the two things between which the gate chooses, both are trained. And in the truncated pass the
-    thought at the cut has to serve: a thought behind it was thought in full view and may know the
-    answer, but the cell before that one does not see it.
+    the two things between which the gate chooses, both are trained.
     """
     weight = grid.emits + thinking_weight * (grid.thinks | grid.recalls)
     return mean(loss, weight * counted)
@@ -414,7 +412,7 @@ def observer_loss(readings: Tensor, targets: list[Tensor], known: list[Tensor]) 
     return sum(mean(error, where) for error, where in zip(errors, known))
 
 
-def demonstration_loss(model: GPT, out: Pass, grid: Grid, batch: Batch, asked: Tensor) -> Tensor:
+def demonstration_loss(model: GPT, out: Outputs, grid: Grid, batch: Batch, asked: Tensor) -> Tensor:
     """-log p of what to think, and of when, where thoughts are demonstrated -> scalar, nats."""
     shown = batch.shown[:, None, None]
     number = grid.next_thought(model.config.vocab_size)
@@ -437,16 +435,18 @@ def wrong_tokens(batch: Batch, share: float, V: int) -> Tensor:
     return torch.where(emitted, wrong, -1)
 
 
-def answers_right(out: Pass, grid: Grid, counted: Tensor) -> Tensor:
+def answers_right(out: Outputs, grid: Grid, counted: Tensor) -> Tensor:
     """-> (B,) bool: every token that counts is the likeliest where it is emitted."""
     return (out.right | ~(grid.emits & counted)).flatten(1).all(dim=1)
 
 
-def hybrid_loss(model, grid, out: Pass, batch, whole: Tensor, thinking, config, paid: bool) -> dict:
+def hybrid_loss(
+    model, grid, out: Outputs, batch, whole: Tensor, thinking, config, paid: bool
+) -> dict:
     """
     All of a training step between rollout and optimiser -> {name: term}, which add up to the loss.
-    whole (B,): sequences without a cut. Only there gates and observer learn: later they will see
-    everything, too, and where a thought would be the cut it is not thoughts that cost.
+    whole (B,): sequences without a cut. Only there gates and observer learn: what they decide about
+    later is not cut.
     """
     counted, shown, terms = counted_tokens(batch), batch.shown[:, None, None], {}
     whole = whole[:, None, None]
@@ -665,20 +665,19 @@ class Trainer:
         torch.manual_seed(hash((c.seed, self.step, RANK)))
         batch = self.draw()
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
-        forced = None
-        if batch.thoughts.size(2):
-            forced = F.pad(batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=-1)
-            forced = torch.where(batch.shown[:, None, None], forced, ASK_GATE)
         several = c.rollouts if self.paid else 1
-        cuts = draw_cuts(batch, c.forget, several) if c.n_bits else None
+        cuts, jumps = draw_cuts(batch, c.forget if c.n_bits else 0.0, several)
+        jumps *= not c.window and self.model.position is None  # else they would lead out of sight
+        whole = ~cuts.any(dim=1)
+        # what is cut teaches thoughts, what is whole teaches the gate
+        own = torch.where(whole, ASK_GATE, THINK if self.paid else ASK_GATE)[:, None, None]
+        forced = F.pad(batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=NO_THOUGHT)
+        forced = torch.where(batch.shown[:, None, None], forced, own)
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
         half = self.device == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(self.device, torch.bfloat16, enabled=half):
-            how = {"forced": forced, "cuts": cuts, "wrong": wrong}
+            how = {"forced": forced, "cuts": cuts, "jumps": jumps, "wrong": wrong}
             grid, out = rollout(self.network, batch.real, batch.length, thinking, **how)
-            whole = torch.ones_like(batch.shown)
-            if c.n_bits:
-                whole = ~(cuts & grid.thinks[:, :, 0]).any(dim=1)
             terms = hybrid_loss(self.model, grid, out, batch, whole, thinking, c, self.paid)
         self.update(sum(terms.values()))
         right = answers_right(out, grid, counted_tokens(batch))

@@ -149,8 +149,10 @@ def trace(model: GPT, grid: Grid, given: int, thinking: Thinking, vocabulary: Vo
     def at_cells(x: Tensor) -> Tensor:  # (1, T, S) -> (1, C)
         return x[there][None]
 
-    ids, target = at_cells(grid.token), at_cells(grid.target)
-    cells = Cells(at_cells(grid.position), None, ids != recall, ids == recall)
+    following = F.pad(grid.token[:, 1:, :1], (0, 0, 0, 1)).expand_as(grid.token)
+    ids, target = at_cells(grid.token), at_cells(following)
+    lasting = (ids != recall).long()  # RECALL stands where the next cell will
+    cells = Cells(lasting.cumsum(dim=1) - lasting, None, ids != recall, ids == recall)
     output, sight = look(model, ids, cells, thinking.window)
     loss = rounded(F.cross_entropy(output.logits[0], target[0], reduction="none"))
     slope, gate = rounded(sight.slope[0]), rounded(output.gate[0].sigmoid())

@@ -47,7 +47,7 @@ def batch():
 
 @pytest.mark.parametrize("chunk", [512, 4])
 def test_each_sign_belongs_to_its_cell(subject, batch, chunk, monkeypatch):
-    """One parallel pass, in chunks, against each sequence alone."""
+    """A rollout, in chunks, against each sequence alone."""
     monkeypatch.setattr(train, "CHUNK", chunk)
     D = subject.model.config.n_embd
     subject.probe = torch.randn(D + 1, 2, generator=seeded(1))

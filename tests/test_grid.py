@@ -31,11 +31,6 @@ def test_a_cell_thinks_or_recalls_or_emits_and_a_wrong_token_does_none_of_these(
     assert by_token(grid.emits) == [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0] * 5]
 
 
-def test_recall_and_a_wrong_token_stand_where_the_next_cell_will(grid):
-    position = grid.position[grid.present].tolist()
-    assert position == [0, 1, 2, 3, 4, 4, 4, 5]  # 0 5 6 1, RECALL and 4, then 2 7
-
-
 def test_the_gate_is_asked_except_behind_a_run_that_is_over_or_a_token_that_forbids_it(grid):
     everywhere, asked = Thinking(max_run=2), [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
     assert by_token(may_think(grid, everywhere))[:3] == asked

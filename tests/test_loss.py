@@ -10,11 +10,12 @@ from conftest import D_BITS, RECALL, K, V, alone, batch_of, grid_of, replay, see
 
 import train
 from data.dataset import Batch
-from model import Thinking, Thoughts
+from model import Cells, Thinking, Thoughts
 from train import (
     ASK_GATE,
+    JUMP,
     Config,
-    Pass,
+    Outputs,
     answers_right,
     baseline,
     counted_tokens,
@@ -55,27 +56,39 @@ def near(shares, wanted):
     torch.testing.assert_close(shares, torch.tensor(wanted), atol=0.03, rtol=0)
 
 
-def test_a_share_is_cut_at_one_token_of_the_prompt_but_its_last():
+def test_a_share_is_cut_at_one_token_of_the_prompt_but_its_last_and_the_others_jump_there():
     batch = batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 4000), 6)
     torch.manual_seed(0)
-    cuts = draw_cuts(batch, 0.8)
-    assert cuts.sum(dim=1).max() == 1
+    cuts, jumps = draw_cuts(batch, 0.8)
+    assert ((cuts | (jumps > 0)).sum(dim=1) <= 1).all()
     near(cuts.float().mean(dim=0), [0.16] * 5 + [0.0] * 3)
-    assert not draw_cuts(batch, 0.0).any()
-    assert not draw_cuts(batch._replace(prompt=torch.ones(4000)), 1.0).any(), "there is no place"
+    near((jumps > 0).float().mean(dim=0), [0.04] * 5 + [0.0] * 3)
+    assert jumps.max() == JUMP and 25 < jumps[jumps > 0].float().mean() < 40
+    assert not draw_cuts(batch, 0.0)[0].any() and not draw_cuts(batch, 1.0)[1].any()
+    nowhere = draw_cuts(batch._replace(prompt=torch.ones(4000)), 0.5)
+    assert not nowhere[0].any() and not nowhere[1].any(), "there is no place"
 
 
-def test_a_text_is_cut_at_every_token():
-    batch = batch_of(grid_of([[0, 1, 2, 3]] * 4000), 4)
-    cuts = draw_cuts(batch, 0.8)
-    assert set(cuts.sum(dim=1).tolist()) == {0, 3}
+def test_a_text_is_cut_at_every_token_and_never_jumps():
+    cuts, jumps = draw_cuts(batch_of(grid_of([[0, 1, 2, 3]] * 4000), 4), 0.8)
+    assert set(cuts.sum(dim=1).tolist()) == {0, 3} and not jumps.any()
     near(cuts.float().mean(dim=0), [0.8] * 3 + [0.0])
 
 
-def test_the_rollouts_of_a_sequence_are_cut_alike():
-    cuts = draw_cuts(batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 40), 6), 1.0, 4)
-    assert torch.equal(cuts[::4].repeat_interleave(4, dim=0), cuts)
-    assert len(cuts.unique(dim=0)) > 3
+def test_the_rollouts_of_a_sequence_are_cut_alike_and_jump_alike():
+    batch = batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 80), 6)
+    for drawn in draw_cuts(batch, 0.5, 4):
+        assert torch.equal(drawn[::4].repeat_interleave(4, dim=0), drawn)
+        assert len(drawn.unique(dim=0)) > 3
+
+
+def test_what_follows_a_jump_stands_further_on(tiny):
+    model, grid = tiny().double(), grid_of([[0, 5, 1, 6, 7, 2, 3]])
+    found = replay(model, grid, jumps=torch.tensor([[0, 9, 0, 0]])).gate[grid.present]
+    position = torch.tensor([[0, 1, 2, 12, 13, 14]])  # 0 5 1, then 6 7 2
+    torch.testing.assert_close(
+        found, model(grid.token[grid.present][None], Cells(position)).gate[0]
+    )
 
 
 def test_the_thought_at_the_cut_is_all_that_is_felt_of_what_came_before(tiny):
@@ -114,7 +127,7 @@ def test_the_tokens_of_an_answer_count_or_all_of_a_text():
 def test_an_answer_is_right_if_each_of_its_tokens_is_the_likeliest_where_it_is_emitted():
     grid = grid_of([[0, 5, 1, 2, 3]] * 4)  # the cells would say 1, 1, 2, 3; the first one thinks
     rows = [1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]
-    out = Pass(None, on(grid, *rows).bool(), *[None] * 6)
+    out = Outputs(None, on(grid, *rows).bool(), *[None] * 6)
     assert answers_right(out, grid, ALL).tolist() == [True, True, False, False]
     last = counted_tokens(batch_of(grid, 3))
     assert answers_right(out, grid, last).tolist() == [True, True, True, False]
@@ -346,17 +359,17 @@ def test_each_reading_errs_where_its_own_target_is_known():
 
 
 # ----------------------------------------------------------------------------------------------
-# thoughts that are shown, imitated, or tried with a wrong token
+# thoughts that are shown, and tokens that are tried
 
 
 def log_phi(x):
-    return torch.special.log_ndtr(x / 0.3)
+    return torch.special.log_ndtr(x / 0.2)
 
 
 def test_demonstrated_thoughts_are_learned_by_heart_and_so_is_when_to_think(tiny):
     grid = grid_of([[0, 6, 1, 2], [0, 7, 1, 2]])
     h, gate = torch.randn(2, 3, 5, D_BITS), torch.randn(2, 3, 5)
-    out = Pass(None, None, h, None, gate, None, None, None)
+    out = Outputs(None, None, h, None, gate, None, None, None)
     batch = batch_of(grid, 2, shown=torch.tensor([True, False]))
     asked = train.may_think(grid, Thinking(max_run=1))
     asked[:, :, 1] = False

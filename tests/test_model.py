@@ -230,8 +230,8 @@ H = torch.tensor([0.1, -0.4, 0.0])
 
 
 def probabilities():
-    """p of each thought (8,) at the numbers H, by hand: Phi(tanh(h) / 0.3) for each bit."""
-    p = [0.5 * (1 + math.erf(math.tanh(h) / 0.3 / math.sqrt(2))) for h in H.tolist()]
+    """p of each thought (8,) at the numbers H, by hand: Phi(tanh(h) / 0.2) for each bit."""
+    p = [0.5 * (1 + math.erf(math.tanh(h) / 0.2 / math.sqrt(2))) for h in H.tolist()]
     bits = [[number >> i & 1 for i in range(3)] for number in range(8)]
     each = [math.prod(q if bit else 1 - q for q, bit in zip(p, number)) for number in bits]
     return torch.tensor(each)

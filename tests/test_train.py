@@ -16,7 +16,7 @@ import runs
 import train
 from data.dataset import DataError, write_rows
 from model import GPT, Thinking, generate
-from train import CLIP, RISE, Config, Trainer, evaluate, schedule
+from train import CLIP, RISE, Config, Trainer, evaluate, rollout, schedule
 
 WATCHED = {"observer": "0", "explore": 0.1}
 PLAIN, NOISY = {"n_bits": 0}, {"dropout": 0.1}
@@ -91,13 +91,48 @@ def test_gradients_are_clipped_and_the_observers_apart_from_the_others(chains, t
 
 
 def test_the_gate_explores_in_training_and_only_there(chains, tmp_path):
-    trainer = Trainer(small(chains, tmp_path, explore=0.3, batch_tokens=2000))
+    trainer = Trainer(small(chains, tmp_path, explore=0.3, forget=0.0, batch_tokens=2000))
     trainer.paid = True
     with torch.no_grad():
         trainer.model.gate.out.bias.fill_(-100.0)
     assert 0.2 < trainer.train_step()["thoughts_per_token"] < 0.4
     grid, *_ = evaluate(trainer.model, trainer.rows.first(50, 3), trainer.thinking)
     assert not grid.thinks.any()
+
+
+def test_what_is_cut_always_thinks_and_the_gate_decides_in_the_rest(chains, tmp_path, monkeypatch):
+    trainer, seen = Trainer(small(chains, tmp_path, forget=0.5, batch_tokens=2000)), []
+
+    def walk(model, real, length, thinking, cuts, jumps, **how):
+        seen.append((rollout(model, real, length, thinking, cuts=cuts, jumps=jumps, **how), cuts))
+        return seen[-1][0]
+
+    monkeypatch.setattr(train, "rollout", walk)
+    trainer.paid = True
+    with torch.no_grad():
+        trainer.model.gate.out.bias.fill_(-100.0)
+    trainer.train_step()
+    (grid, _), cuts = seen[0]
+    thinks, is_cut = grid.thinks[:, :, 0], cuts.any(dim=1)
+    assert 10 < is_cut.sum() < len(is_cut) - 10 and not thinks[~is_cut].any()
+    assert torch.equal(thinks[is_cut], grid.present[is_cut][:, :, 0])
+
+
+def test_positions_jump_only_where_that_leads_out_of_nobodys_sight(chains, tmp_path, monkeypatch):
+    seen = []
+
+    def walk(*how, jumps, **more):
+        seen.append(int(jumps.max()))
+        return rollout(*how, jumps=jumps, **more)
+
+    monkeypatch.setattr(train, "rollout", walk)
+    for changes in ({}, {"n_bits": 0}, {"window": 4}):
+        Trainer(small(chains, tmp_path, batch_tokens=2000, **changes)).train_step()
+    learned = Trainer(small(chains, tmp_path, batch_tokens=2000))
+    learned.model.position = torch.nn.Embedding(64, 32)
+    learned.model.config.n_positions = 64
+    learned.train_step()
+    assert seen[0] > 30 and seen[1] > 30 and seen[2:] == [0, 0]
 
 
 def test_each_step_of_each_seed_draws_a_batch_of_its_own(chains, tmp_path, monkeypatch):
