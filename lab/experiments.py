@@ -6,8 +6,8 @@ The runs behind the tables: data, training, instruments, and one table a set.
 
 Sets: main, chains, automata, text, control, demonstrations, observer, addition. A run lives in
 out/SET/TASK/MODEL_SEED and is skipped where its report.json is there; with --jobs=0 nothing runs,
-and the table is of what there is. A run takes one thread: a minute in main and chains, three to
-five a thinking one of automata (plain one or two, the GRU less), ten or more in text.
+and the table is of what there is. A run takes one thread: a minute in main and chains, two to
+three a thinking one of automata (others less), ten or more in text.
 
 Not here: the numbers themselves (report, study, control, calibrate; their JSON files).
 """
