@@ -14,9 +14,9 @@ Glossary
   stream  one sequence's cells in reading order
   trunk   embedding and blocks: all that lies below the output heads
   cell  one input of the network, a real token, a thought or RECALL, together with its outputs
-  C     cells of a stream: the real tokens of a sequence and the thoughts emitted between them
+  C     cells that go through the network together; in a cache, all so far
   V     vocabulary of real tokens, ids 0 .. V-1
-  d     bits of a thought; 2^d thoughts, ids V .. V+2^d-1; never shown, never supervised
+  d     bits of a thought; 2^d thoughts, ids V .. V+2^d-1; never part of the text
   D     n_embd; nh attention heads of size hs
   think / emit   what follows a cell: a thought, or the next real token
   RECALL  id V+2^d, an input only: a cell that sees everything before it, despite window and cut,
@@ -43,7 +43,7 @@ from torch import Tensor
 # ----------------------------------------------------------------------------------------------
 # configuration and visibility
 
-ROPE_BASE = 100.0  # rotary wavelengths are 2 pi to 2 pi * ROPE_BASE cells: streams are short
+ROPE_BASE = 100.0  # rotary wavelengths: 2 pi to nearly 2 pi * ROPE_BASE cells; streams are short
 GATE_INIT = 0.95  # an untrained gate thinks: it cannot learn what thoughts are worth without any
 READINGS = ("predicted_loss", "value_of_thinking", "cost_to_go")  # of the observer, in nats
 
@@ -57,7 +57,7 @@ class GPTConfig:
     n_embd: int = 64
     dropout: float = 0.0
     n_positions: int = 0  # 0: rotary; else GPT-2's way: as many learned positions, and tanh GELU
-    observer: str = ""  # layers watched, e.g. "0,1" (0: the embedding), or "quarters"; "": none
+    observer: str = ""  # layers below the last that are watched, e.g. "0,1", or "quarters"
     recall: bool = False
     revise: bool = False
 
@@ -67,7 +67,7 @@ class GPTConfig:
         return 2**self.n_bits if self.n_bits else 0
 
     def watched(self) -> list[int]:
-        """Whose outputs the observer watches: 0 the embedding, i block i. Raises ValueError."""
+        """Whose outputs it watches: 0 the embedding, 1 the first block .. Raises ValueError."""
         L = self.n_layer
         layers = [min(round(L * quarter / 4), L - 1) for quarter in (1, 2, 3)]
         if self.observer != "quarters":
@@ -116,7 +116,7 @@ def visible(query: Cells, key: Cells, window: int = 0) -> Tensor | None:
     if key.segment is not None:
         near = near & (query.segment[:, :, None] == key.segment[:, None, :])
     if key.sees_all is not None:
-        near = near | query.sees_all[:, :, None] & before
+        near = near | (query.sees_all[:, :, None] & before)
     if key.seen is not None:
         near = near & key.seen[:, None, :]
     return near | itself
@@ -227,7 +227,7 @@ class Observer(nn.Module):
         self.read = nn.Linear(hs, len(READINGS))
 
     def forward(self, x: Tensor, below: list[Tensor]) -> Tensor:
-        """x (B, C, D); below: outputs of embedding and layers, (B, C, D) -> (B, C, 3, 1, hs)."""
+        """x (B, C, D); below: (B, C, D) of embedding and layers -> q, k, v, (B, C, 3, 1, hs)."""
         watched = torch.cat([below[layer] for layer in self.layers], dim=-1).detach()
         qkv = torch.cat([self.q(x.detach()), self.kv(watched)], dim=-1)  # (B, C, 3 * hs)
         return qkv.view(*x.shape[:2], 3, 1, -1)
@@ -324,7 +324,7 @@ class GPT(nn.Module):
             Block(config, observed and layer == last) for layer in range(config.n_layer)
         )
         self.norm = nn.LayerNorm(D)
-        self.head = nn.Linear(D, V + config.revise)  # REVISE is the last
+        self.head = nn.Linear(D, V + config.revise)  # REVISE is the last; not tied to the embedding
         self.gate = Gate(D + observed * hs, GATE_INIT) if config.n_bits else None
         self.recall_gate = Gate(D + observed * hs, 0.5) if config.recall else None
         self.drop = nn.Dropout(config.dropout)
@@ -352,7 +352,7 @@ class GPT(nn.Module):
         V, K = self.config.vocab_size, self.config.n_think
         thought = ids - V
         is_thought = (thought >= 0) & (thought < K)
-        token = torch.where(thought < 0, ids, ids - K)  # RECALL comes right behind the tokens
+        token = torch.where(thought < 0, ids, ids - K)  # RECALL comes right after the tokens
         x = self.embedding(token * ~is_thought)  # of thoughts any row, which is not used
         if self.thoughts is None:
             return x
@@ -362,8 +362,8 @@ class GPT(nn.Module):
         self, x: Tensor, cells: Cells | None = None, cache: Cache | None = None, window: int = 0
     ) -> Output:
         """
-        x: ids (B, C), or embeddings (B, C, D). cells: where they stand; None: one behind the other,
-        behind those in the cache. window: positions in view, 0 for all. Raises ValueError.
+        x: ids (B, C), or embeddings (B, C, D). cells: where they stand; None: one after another,
+        after those in the cache. window: positions in view, 0 for all. Raises ValueError.
         """
         if not x.is_floating_point():
             x = self.embed(x)  # (B, C) -> (B, C, D)
@@ -418,8 +418,8 @@ class GPT(nn.Module):
     def optimisers(self, lr: float, gate_lr: float, decay: float) -> list[torch.optim.Optimizer]:
         """
         Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else; Muon's steps
-        are scaled to be as large as AdamW's. Matrices decay, the gates and the observer excepted,
-        which have a learning rate of their own.
+        are scaled to be as large as AdamW's. Weights of linear layers decay, those of the gates and
+        the observer excepted, which have a learning rate of their own.
         """
         blocks, matrices, gates, rest = [], [], [], []
         is_matrix = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
@@ -467,13 +467,16 @@ class Thinking:
     constant: int = 0  # the thought of mode `constant`
     window: int = 0  # positions in view, 0 for all
 
-    def runs(self, config: GPTConfig) -> int:
+    def longest_run(self, config: GPTConfig) -> int:
         """R, thoughts in a row, at most, of such a model."""
         return self.max_run if config.n_bits and self.mode != "never" else 0
 
 
 def decide(logit: Tensor, force: float | None, thinking: Thinking, generator=None) -> Tensor:
-    """Yes or no with the probability `force` or, if None, as the logit says -> bool, its shape."""
+    """
+    Yes or no with the probability `force` or, if None, as the logit says, greedily or not, each
+    with at least the probability `explore` -> bool, the shape of the logit.
+    """
     p = logit.sigmoid() if force is None else torch.full_like(logit, force)
     if force is None:
         least = thinking.explore
@@ -527,14 +530,14 @@ def generate(
 ) -> list[int]:
     """
     Continue a prompt by up to `new_tokens` real tokens, or to `stop` -> prompt and answer, without
-    thoughts. Behind every cell, of the prompt too, one of four things happens:
+    thoughts. After every cell, of the prompt too, one of four things happens:
       REVISE  if likelier than all tokens together: back to where the last one was emitted, and
-              another instead; at most `revisions` times
+              another instead; only after a token of the answer, at most `revisions` times
       THINK   a thought is appended, at most max_run in a row
       RECALL  one cell looks at everything, and emits
       emit    the next token is appended; within the prompt, the one that is given
-    The memory stack: for each token, what there was when it was emitted. Pushing costs a reference,
-    since a cache is never changed. `instead`: thoughts to think in place of the model's own.
+    The memory stack: for each token, what there was when it was emitted; a cache is never changed,
+    so that it can be kept. `instead`: thoughts to think in place of the model's own.
     `watch` is called with what happened, "token", "think", "recall" or "revise", and an id.
     Raises ValueError for an empty prompt or answer.
     """
@@ -542,7 +545,7 @@ def generate(
         raise ValueError("a prompt and its answer hold at least one token each")
     config, device = model.config, model.embedding.weight.device
     V, RECALL = config.vocab_size, config.vocab_size + config.n_think
-    max_run, after = thinking.runs(config), thinking.after
+    max_run, after = thinking.longest_run(config), thinking.after
     watch = watch or (lambda what, token: None)
     tokens, cache, run = [prompt[0]], None, 0
     memory_stack = []  # (tokens, cache, logits) of each token emitted
@@ -575,11 +578,12 @@ def generate(
                 watch("recall", RECALL)
             logits = logits[:V].clone()
 
-        memory_stack.append((tokens.copy(), cache, logits))
+        if config.revise:
+            memory_stack.append((tokens.copy(), cache, logits))
         given = len(tokens) < len(prompt)
         chosen = choose_token(logits, temperature, top_k, generator)
         cell, run = prompt[len(tokens)] if given else chosen, 0
         tokens.append(cell)
         watch("token", cell)
-        if len(tokens) == len(prompt) + new_tokens or cell == stop and not given:
+        if len(tokens) == len(prompt) + new_tokens or (cell == stop and not given):
             return tokens

@@ -38,7 +38,9 @@ def total(x: Tensor) -> Tensor:
 
 
 def average_gradients(model: GPT) -> None:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    for p in model.parameters():  # what one process has no gradient for another may have
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    gradients = [p.grad for p in model.parameters()]
     flat = total(torch.cat([g.flatten() for g in gradients])) / WORLD  # one message
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
         gradient.copy_(part.view_as(gradient))

@@ -12,16 +12,17 @@ report.png (lab/report.py). Not here: the network (model.py) and any task (data/
 
 Glossary, beside model.py's
   rollout         walking through sequences from left to right, thoughts drawn, real tokens given
-  grid            a batch of rollouts: behind each real token, slots for what may follow it
+  grid            a batch of rollouts: after each real token, slots for what may follow it
   R               thoughts in a row, at most (max_run)
   cut             a place right before a thought: nothing before it is visible from there on
-  jump            a place behind which all stands further on, as if much lay in between
+  jump            a place after which all stands further on, as if much lay in between
   level           how hard a sequence is, e.g. how many operations it has
-  warm-up         thoughts cost nothing and are forced; in the cost phase that follows (`paid`), the
-                  gate is asked, and each thought has its price
+  warm-up         thoughts cost nothing, and are forced unless the data demonstrate them; in the cost
+                  phase that follows (`paid`), the gate is asked, and each thought has its price
   demonstration   a sequence whose thoughts the data show
-  batch           real (B, T) ids, length (B,), prompt (B,) its tokens, level (B,), thoughts (B, T,
-                  R) demonstrated, wrong (B, T) first guesses, shown (B,): see data/dataset.py
+  batch           real (B, T) ids, length (B,), prompt (B,) tokens before the answer, level (B,),
+                  thoughts (B, T, R) demonstrated, wrong (B, T) first guesses, shown (B,) bool:
+                  thoughts are demonstrated. See data/dataset.py
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ from runs import (
 
 
 @dataclass
-class Config:
+class Config:  # option(default, help, least, most)
     data: str = option("data/arithmetic", "folder with meta.json, train.bin, val.bin")
     out: str = option("out/chain", "folder for everything that is written")
     plain: str = option("", "folder of a finished plain run, to stand beside this one")
@@ -73,14 +74,14 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda or mps")
     threads: int = option(0, "CPU threads, 0 for torch's choice", 0)
     compile: bool = option(False, "torch.compile the network")
-    block: int = option(64, "tokens in a window of a text; sequences have their own lengths", 1)
+    block: int = option(64, "tokens of a piece of text; sequences have their own lengths", 1)
     # the network
     n_bits: int = option(8, "bits of a thought; 0 trains a plain GPT", 0, 24)
     n_layer: int = option(1, "layers", 1)
     n_head: int = option(4, "attention heads", 1)
     n_embd: int = option(64, "width", 1)
     dropout: float = option(0.0, "dropout in training", 0, 0.99)
-    observer: str = option("", "layers the observer watches, e.g. 0,1, or quarters of the depth")
+    observer: str = option("", "layers below the last that it watches, e.g. 0,1, or quarters")
     recall: bool = option(False, "RECALL, a cell that sees past the window and past a cut")
     revise: float = option(0.0, "share of tokens tried with a wrong one, to teach REVISE", 0, 1)
     window: int = option(0, "positions in view, in training and after; 0 for all", 0)
@@ -93,10 +94,12 @@ class Config:
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
     # thoughts
     max_run: int = option(1, "thoughts in a row, at most", 1)
-    force_think_prob: float = option(1.0, "in the warm-up, of a run of thoughts, of RECALL", 0, 1)
+    force_think_prob: float = option(
+        1.0, "in the warm-up, of max_run thoughts after a token; of RECALL", 0, 1
+    )
     warm_up: float = option(0.4, "share of the steps, at least, before thoughts cost", 0, 1)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
-    forget: float = option(0.8, "share of the sequences that are cut; in the others, jumps", 0, 1)
+    forget: float = option(0.8, "share of the sequences that are cut; in the others, jumps", 0, 0.9)
     thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
     rollouts: int = option(4, "of each sequence in the cost phase, compared with each other", 1)
     horizon: int = option(0, "a thought is rewarded by the loss of so many next tokens; 0: all", 0)
@@ -119,7 +122,8 @@ class Grid(NamedTuple):
     Rollouts of B sequences of T real tokens, with S = 1 + R + 2 slots a token: slot 0 holds the
     token, 1 to R the thoughts that follow it, then RECALL, then a wrong token that teaches REVISE.
     Reading order is `flatten(1)`. A present cell of token t predicts token t + 1; but the cell of a
-    wrong token predicts REVISE. A sequence's last token is predicted, and never present itself.
+    wrong token predicts REVISE. A sequence's last token is predicted, and never present itself. In
+    the network an absent cell takes a place, but nobody sees it.
     """
 
     token: Tensor  # (B, T, S) ids, which mean something where present, and in all of slot 0
@@ -145,7 +149,7 @@ class Grid(NamedTuple):
 def without_last(cells: Tensor, count: int) -> Tensor:
     """
     (B, T, S) bool -> the same, False in the last slots of a token. count 1: in the wrong token's;
-    2: in RECALL's, too; 3: in the last thought's, too, behind which no gate is asked.
+    2: in RECALL's, too; 3: in the last thought's, too, after which no gate is asked.
     """
     return F.pad(cells[:, :, :-count], (0, count))
 
@@ -158,7 +162,7 @@ def may_think(grid: Grid, thinking: Thinking) -> Tensor:
     return asked
 
 
-class Outputs(NamedTuple):
+class GridOutput(NamedTuple):
     """What the cells of a grid put out, (B, T, S, ...); it means something where present only."""
 
     loss: Tensor  # nats: -log p(the token that comes next), or of REVISE at a wrong token
@@ -187,8 +191,8 @@ def empty_grid(model: GPT, real: Tensor, length: Tensor, runs: int, wrong: Tenso
     return Grid(token, present)
 
 
-NO_THOUGHT, ASK_GATE, THINK = -1, -2, -3  # in `forced`
-CHUNK = 512  # cells that go through the network together, at most, where nothing is to be decided
+NO_THOUGHT, UNFORCED, THINK = -1, -2, -3  # in `forced`
+CHUNK = 512  # cells of a stream, about, that go through the network together if nothing is decided
 
 
 def rollout(
@@ -201,20 +205,20 @@ def rollout(
     cuts: Tensor | None = None,
     jumps: Tensor | None = None,
     wrong: Tensor | None = None,
-) -> tuple[Grid, Outputs]:
+) -> tuple[Grid, GridOutput]:
     """
     Walk all sequences, real (B, T) ids of length (B,), from left to right, every token given. At
-    token t the gate is asked for a thought, then behind that thought for the next, until no
+    token t the gate is asked for a thought, then after that thought for the next, until no
     sequence thinks; the last thought waits, and goes through the network with token t + 1. Gradient
     flows through all of it: from a loss through each thought in between to what made it think so.
-    forced: (B, T, R) thoughts to think there, or NO_THOUGHT, or THINK: one of its own, or ASK_GATE;
-    None: ASK_GATE everywhere.
+    forced: (B, T, R) thoughts to think there, or NO_THOUGHT, or THINK: one of its own, or UNFORCED:
+    as `thinking` says; None: UNFORCED everywhere.
     cuts: (B, T) bool, a thought that follows this token begins a new segment.
     jumps: (B, T) positions by which all that follows this token is moved ahead.
     wrong: see empty_grid.
     """
     (B, T), config, device = real.shape, model.config, real.device
-    R, V = thinking.runs(config), config.vocab_size
+    R, V = thinking.longest_run(config), config.vocab_size
     grid, S = empty_grid(model, real, length, R, wrong), 1 + R + 2
     token, present = grid.token.view(B, T * S), grid.present.view(B, T * S)  # the same memory
     begins = torch.zeros(B, T * S, dtype=torch.long, device=device)  # here a segment begins
@@ -237,7 +241,7 @@ def rollout(
         lasting = here & (slot <= R)  # others stand where the next cell will, and nobody sees them
         position = (count + lasting.cumsum(dim=1) - lasting.long()) * here + moved[:, waiting]
         cells = Cells(position)
-        if R or beside:
+        if R or beside:  # else what is absent comes last, and causal attention hides it
             segment = begins.cumsum(dim=1)[:, waiting] if cuts is not None else begins[:, waiting]
             cells = Cells(position, segment, lasting, (slot == S + RECALL_SLOT).expand_as(here))
         out = model(x, cells, cache, thinking.window)
@@ -246,7 +250,9 @@ def rollout(
             cache = cache.last(thinking.window * (1 + R + len(beside)))
         aim = target[:, [cell // S for cell in waiting]].masked_fill(slot == S + WRONG_SLOT, V)
         loss = F.cross_entropy(out.logits.flatten(0, 1), aim.flatten(), reduction="none")
-        parts.append((loss.view_as(aim), out.logits.argmax(dim=-1) == aim, *out[1:7]))
+        parts.append(
+            (loss.view_as(aim), out.logits.argmax(dim=-1) == aim, *out[1:7])
+        )  # in GridOutput's order
         done.extend(waiting)
         waiting.clear()
         return out
@@ -256,21 +262,21 @@ def rollout(
         asked = present[:, t * S]
         if thinking.after is not None:
             asked = asked & thinking.after.to(device)[real[:, t]]
-        for run in range(R):
+        for r in range(R):
             if not asked.any():
                 break
             out = go()
             h = out.thoughts[:, -1]
-            wants = wants_to_think(out, run, thinking, generator)
+            wants = wants_to_think(out, r, thinking, generator)
             thought, echo = choose_thought(model, h, thinking, generator), model.thoughts.echo(h)
             if forced is not None:
-                given = forced[:, t, run]
-                wants = torch.where(given == ASK_GATE, wants, given != NO_THOUGHT)
+                given = forced[:, t, r]
+                wants = torch.where(given == UNFORCED, wants, given != NO_THOUGHT)
                 thought = torch.where(given >= 0, given, thought)
                 echo = echo * (given < 0)[:, None]
-            asked, cell = asked & wants, t * S + run + 1
+            asked, cell = asked & wants, t * S + r + 1
             token[:, cell], present[:, cell] = V + thought, asked
-            if cuts is not None and run == 0:
+            if cuts is not None and r == 0:
                 begins[:, cell] = cuts[:, t] & asked
             waiting.append(cell)
         waiting += [t * S + slot for slot in beside]
@@ -283,7 +289,7 @@ def rollout(
         empty, where = x.new_zeros(B, T * S, *x.shape[2:]), torch.tensor(done, device=device)
         return empty.index_copy(1, where, x).unflatten(1, (T, S))
 
-    out = Outputs(*(put(torch.cat(part, dim=1)) for part in zip(*parts)))
+    out = GridOutput(*(put(torch.cat(part, dim=1)) for part in zip(*parts)))
     if config.recall:
         looks = decide(out.recall, thinking.force_recall, thinking, generator) & ~grid.thinks
         grid.present[:, :, RECALL_SLOT] = (looks & without_last(grid.present, 2)).any(dim=2)
@@ -297,18 +303,20 @@ def rollout(
 JUMP = 64  # positions, at most
 
 
-def draw_cuts(batch: Batch, share: float, rollouts: int = 1) -> tuple[Tensor, Tensor]:
+def draw_cuts(batch: Batch, share: float, rollouts: int = 1, after: Tensor | None = None):
     """
     Where to forget, and where to jump -> (B, T) bool, (B, T) positions, for `rollout`.
-    A `share` of the sequences is cut at a random token of the prompt (not its last): from a thought
-    that follows it on, nothing before that thought is visible. So it must tell all that is needed
-    later. In full view nobody needs a thought, for the prompt can be looked up. In the others, at
-    such a token, positions jump ahead, so that one learns to look further back than any of them is
-    long. A text, which is all prompt, is cut at every token and jumps nowhere. The rollouts of a
-    sequence, which stand one behind the other, are treated alike.
+    A `share` of the sequences is cut at a random token of the prompt (not its last; one that a
+    thought may follow): from that thought on, nothing earlier is visible, so the thought must carry
+    what is needed later. In full view it need not, for the prompt can be looked up again. The other
+    sequences jump there, by up to JUMP positions, to practise longer distances than the data have.
+    A text, which is all prompt, is cut at every token and jumps nowhere. The rollouts of a
+    sequence, which stand one after another, are treated alike. after (V,): see Thinking.
     """
     (B, T), device = batch.real.shape, batch.real.device
     places = torch.arange(T, device=device) + 1 < batch.prompt[:, None]  # (B, T)
+    if after is not None:
+        places &= after.to(device)[batch.real]
     one = torch.rand(B, T, device=device).masked_fill(~places, -1).argmax(dim=1)
     one = F.one_hot(one, T).bool() & places
     is_text = (batch.prompt == batch.length)[:, None]
@@ -328,7 +336,7 @@ def mean(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def counted_tokens(batch: Batch) -> Tensor:
-    """-> (B, T, 1): the token behind this one is the answer's; in a text, all are."""
+    """-> (B, T, 1): the token after this one is the answer's; in a text, all are."""
     t = torch.arange(batch.real.size(1), device=batch.real.device)
     return ((t + 1 >= batch.prompt[:, None]) | (batch.prompt == batch.length)[:, None])[:, :, None]
 
@@ -336,8 +344,8 @@ def counted_tokens(batch: Batch) -> Tensor:
 def token_loss(loss: Tensor, grid: Grid, counted: Tensor, thinking_weight: float) -> Tensor:
     """
     Mean of the (B, T, S) loss over the cells that emit a token that counts -> scalar. A cell that
-    goes on to think, or to RECALL, is charged with a weight for what it would have emitted. So, of
-    the two things between which the gate chooses, both are trained.
+    goes on to think, or to RECALL, is charged with a weight for what it would have emitted: so to
+    emit is trained even where the gate prefers to think.
     """
     weight = grid.emits + thinking_weight * (grid.thinks | grid.recalls)
     return mean(loss, weight * counted)
@@ -358,7 +366,7 @@ def return_to_go(cost: Tensor, grid: Grid, price: float, horizon: int = 0) -> Te
 def baseline(returns: Tensor, cost: Tensor, rollouts: int) -> Tensor:
     """
     What a return-to-go is compared with: the mean, at the same token, of the other rollouts of the
-    sequence, which stand one behind the other (Kool et al. 2019, RLOO) -> (B, T, 1); or of a single
+    sequence, which stand one after another (Kool et al. 2019, RLOO) -> (B, T, 1); or of a single
     rollout what emitting at once would have cost -> (B, T, S), which is meant for a horizon of 1.
     """
     if rollouts == 1:
@@ -382,7 +390,7 @@ def gate_loss(logit: Tensor, yes: Tensor, asked: Tensor, advantage: Tensor, expl
 def value_of_thinking(cost: Tensor, grid: Grid, config: Config, rollouts: int):
     """
     Nats by which a thought at a cell lowered later costs, before its price -> (B, T, S), and where
-    that is known. With a horizon of one token: its cost if emitted at once less its cost behind
+    that is known. With a horizon of one token: its cost if emitted at once less its cost after
     the thought. Else from rollouts of the same sequence that did the other thing at the same
     token: each cell's own later cost against the mean of theirs.
     """
@@ -398,8 +406,7 @@ def value_of_thinking(cost: Tensor, grid: Grid, config: Config, rollouts: int):
         count = which.sum(1, keepdim=True).clamp(min=1)
         return (later_cost * which).sum(1, keepdim=True) / count
 
-    saved = average(emitted) - later_cost, later_cost - average(thought)
-    worth = torch.where(thought, *saved)
+    worth = torch.where(thought, average(emitted) - later_cost, later_cost - average(thought))
     known = (thought | emitted) & thought.any(1, keepdim=True) & emitted.any(1, keepdim=True)
     first = cost[:, :, :1]  # only slot 0 is compared
     beside = (0, cost.size(2) - 1)
@@ -412,7 +419,9 @@ def observer_loss(readings: Tensor, targets: list[Tensor], known: list[Tensor]) 
     return sum(mean(error, where) for error, where in zip(errors, known))
 
 
-def demonstration_loss(model: GPT, out: Outputs, grid: Grid, batch: Batch, asked: Tensor) -> Tensor:
+def demonstration_loss(
+    model: GPT, out: GridOutput, grid: Grid, batch: Batch, asked: Tensor
+) -> Tensor:
     """-log p of what to think, and of when, where thoughts are demonstrated -> scalar, nats."""
     shown = batch.shown[:, None, None]
     number = grid.next_thought(model.config.vocab_size)
@@ -429,30 +438,31 @@ def wrong_tokens(batch: Batch, share: float, V: int) -> Tensor:
     drawn = (batch.real + torch.randint_like(batch.real, 1, V)) % V
     tried = torch.rand(drawn.shape, device=drawn.device) < share
     wrong = torch.where(batch.wrong >= 0, batch.wrong, torch.where(tried, drawn, -1))
-    wrong = F.pad(wrong[:, 1:], (0, 1), value=-1)  # it stands behind the token before it
+    wrong = F.pad(wrong[:, 1:], (0, 1), value=-1)  # it follows the token before it
     t = torch.arange(wrong.size(1), device=wrong.device)
     emitted = counted_tokens(batch)[:, :, 0] & (t + 1 < batch.length[:, None])
     return torch.where(emitted, wrong, -1)
 
 
-def answers_right(out: Outputs, grid: Grid, counted: Tensor) -> Tensor:
+def answers_right(out: GridOutput, grid: Grid, counted: Tensor) -> Tensor:
     """-> (B,) bool: every token that counts is the likeliest where it is emitted."""
     return (out.right | ~(grid.emits & counted)).flatten(1).all(dim=1)
 
 
 def hybrid_loss(
-    model, grid, out: Outputs, batch, whole: Tensor, thinking, config, paid: bool
+    model, grid, out: GridOutput, batch, whole: Tensor, thinking, config, paid: bool
 ) -> dict:
     """
-    All of a training step between rollout and optimiser -> {name: term}, which add up to the loss.
-    whole (B,): sequences without a cut. Only there gates and observer learn: what they decide about
-    later is not cut.
+    Cross-entropy of real tokens, REINFORCE for the gates, and what REVISE, the observer and
+    demonstrations add -> {name: term}; the loss is their sum. whole (B,): sequences without a cut.
+    Gates and observer learn from these only: after a cut, later losses do not show what a thought
+    is worth where all is in view.
     """
     counted, shown, terms = counted_tokens(batch), batch.shown[:, None, None], {}
     whole = whole[:, None, None]
     terms["tokens"] = token_loss(out.loss, grid, counted, config.thinking_weight)
     if config.revise:
-        wrong = grid.present[:, :, WRONG_SLOT]  # each weighs as much as a token does
+        wrong = grid.present[:, :, WRONG_SLOT]  # each weighs about as much as a token does
         share = mean(wrong.float(), grid.present[:, :, 0] & counted[:, :, 0])
         terms["revise"] = share * mean(out.loss[:, :, WRONG_SLOT], wrong)
     cost = out.loss.detach() * counted
@@ -467,7 +477,7 @@ def hybrid_loss(
         if config.recall:
             last = without_last(grid.recalls | grid.emits, 2) & whole
             terms["recall"] = gate_loss(out.recall, grid.recalls, last, advantage, config.explore)
-    if config.observer:
+    if out.readings.size(-1):
         present = (grid.emits | grid.thinks | grid.recalls) & whole
         worth, known = value_of_thinking(cost, grid, config, config.rollouts if paid else 1)
         targets = [out.loss, worth, -returns]
@@ -485,8 +495,8 @@ def hybrid_loss(
 def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
     """
     The rollout of a batch, and how good it is: a greedy answer is right if and only if each of its
-    tokens is the likeliest behind the right ones before it. With REVISE the model answers freely.
-    -> grid; (B,) bool: the whole answer is right; (B, T) nats of each next token, 0 behind the end.
+    tokens is the likeliest after the right ones before it. With REVISE the model answers freely.
+    -> grid; (B,) bool: the whole answer is right; (B, T) nats of each next token, 0 after the end.
     """
     was_training = model.training
     model.eval()
@@ -510,7 +520,7 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
 # the curriculum
 
 POOL = 64  # sequences, at least, that come into use together
-MASTERED = 0.9  # share of the newest that is right, with the past cut off, when the next come
+MASTERED = 0.9  # share of the newest that is right in training, cut or not, when the next come
 RATE = 0.2  # of the moving average of that share
 LAST_CALL = 0.75  # of the steps: then the levels that are left come into use all the same
 
@@ -643,13 +653,13 @@ class Trainer:
         watching = [p for n, p in named if ".observer." in n]
         others = [p for n, p in named if ".observer." not in n]
         self.clipped = [others, watching]  # apart: the size of one must not shrink the other
-        self.curriculum = Curriculum(self.rows.count, config.curriculum)
-        self.free, self.priced = (how_to_think(config, self.vocabulary, p) for p in (False, True))
+        has_answers = self.vocabulary.row_end >= 0  # a text has no answers to master
+        self.curriculum = Curriculum(self.rows.count, config.curriculum and has_answers)
         self.step, self.seconds, self.paid = 0, 0.0, False
 
     @property
     def thinking(self) -> Thinking:
-        return self.priced if self.paid else self.free
+        return how_to_think(self.config, self.vocabulary, self.paid)
 
     def draw(self) -> Batch:
         """A batch of the levels in use; in the cost phase each sequence several times."""
@@ -666,16 +676,17 @@ class Trainer:
         batch = self.draw()
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
         several = c.rollouts if self.paid else 1
-        cuts, jumps = draw_cuts(batch, c.forget if c.n_bits else 0.0, several)
-        jumps *= not c.window and self.model.position is None  # else they would lead out of sight
+        cuts, jumps = draw_cuts(batch, c.forget if c.n_bits else 0.0, several, thinking.after)
+        jumps *= not c.window  # which would hide what is behind a jump
+        jumps *= self.model.position is None  # learned positions have no room for jumps
         whole = ~cuts.any(dim=1)
         # what is cut teaches thoughts, what is whole teaches the gate
-        own = torch.where(whole, ASK_GATE, THINK if self.paid else ASK_GATE)[:, None, None]
+        own = torch.where(whole, UNFORCED, THINK if self.paid else UNFORCED)[:, None, None]
         forced = F.pad(batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=NO_THOUGHT)
         forced = torch.where(batch.shown[:, None, None], forced, own)
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
-        half = self.device == "cuda" and torch.cuda.is_bf16_supported()
-        with torch.autocast(self.device, torch.bfloat16, enabled=half):
+        use_bf16 = self.device == "cuda" and torch.cuda.is_bf16_supported()
+        with torch.autocast(self.device, torch.bfloat16, enabled=use_bf16):
             how = {"forced": forced, "cuts": cuts, "jumps": jumps, "wrong": wrong}
             grid, out = rollout(self.network, batch.real, batch.length, thinking, **how)
             terms = hybrid_loss(self.model, grid, out, batch, whole, thinking, c, self.paid)
@@ -683,7 +694,7 @@ class Trainer:
         right = answers_right(out, grid, counted_tokens(batch))
         self.curriculum.grow(batch.level, right)
         tokens = int(grid.emits.sum())
-        log = {"step": self.step, "paid": self.paid, "level": self.curriculum.levels[-1]}
+        log = {"step": self.step, "paid": self.paid, "level": int(batch.level.max())}
         log |= {"loss": terms.pop("tokens").item()}
         log |= {f"loss_{name}": term.item() for name, term in terms.items()}
         log |= {"right": right.float().mean().item(), "tokens": tokens}
@@ -705,7 +716,9 @@ class Trainer:
         norms = [torch.nn.utils.clip_grad_norm_(some, CLIP).item() for some in self.clipped]
         if not math.isfinite(loss.item() + sum(norms)):
             message = f"the loss is {loss.item()}, its gradient {norms}, at step {self.step}"
-            raise FloatingPointError(f"{message}: a lower --lr may help; nothing was saved since")
+            raise FloatingPointError(
+                f"{message}: a lower --lr may help; the last checkpoint is of before"
+            )
         for optimiser in self.optimisers:
             optimiser.step()
 
@@ -781,8 +794,7 @@ def train(trainer: Trainer) -> bool:
     began, mark, tokens, since = time.monotonic() - trainer.seconds, time.monotonic(), 0, 0
     file = os.devnull if RANK else out / "metrics.jsonl"
     with open(file, "a", buffering=1) as metrics, interruptible() as interrupted:
-        last = trainer.step >= config.steps
-        stopped = False
+        last = stopped = False
         while not (last or stopped):
             log = trainer.train_step()
             trainer.seconds = time.monotonic() - began
@@ -796,11 +808,12 @@ def train(trainer: Trainer) -> bool:
                 spent = time.monotonic() - mark
                 left = spent / since * (config.steps - trainer.step)
                 print(progress_line(log, tokens / spent, left), flush=True)
-                mark, since, tokens = time.monotonic(), 0, 0
             if checks:
                 log["validation"] = trainer.validate()
                 values = "  ".join(f"{k}: {a:.3f}" for k, a in log["validation"].items())
                 print(f"  validation by level: {values}", flush=True)
+            if logs:
+                mark, since, tokens = time.monotonic(), 0, 0
             if checks or logs:
                 metrics.write(json.dumps(log | {"seconds": round(trainer.seconds, 2)}) + "\n")
             if checks or stopped:

@@ -177,7 +177,7 @@ def intervene(subject: Subject, batch: Batch, own: Tensor, cell: Tensor) -> Tens
     near = (later >= 0) & (later < (trained.horizon or T))
     counted, costs = train.counted_tokens(batch)[:, :, 0] & near, []
     for told in (torch.full_like(own, -1), own):
-        forced = torch.full((B, T * R), train.ASK_GATE).scatter(1, cell[:, None], told)
+        forced = torch.full((B, T * R), train.UNFORCED).scatter(1, cell[:, None], told)
         how = subject.model, batch.real, batch.length, subject.thinking
         grid, out = train.rollout(*how, forced=forced.view(B, T, R))
         loss = out.loss * grid.emits

@@ -145,7 +145,7 @@ def follow(model: GPT, split: Rows, thinking: Thinking, rows: int) -> dict:
         if not asked.any():
             continue
         donor = (fits * torch.rand(B, B, generator=generator)).argmax(dim=1)
-        forced = thoughts.masked_fill((t > here[:, None])[:, :, None], train.ASK_GATE)
+        forced = thoughts.masked_fill((t > here[:, None])[:, :, None], train.UNFORCED)
         forced[every, here] = thoughts[donor, here[donor]]
         other = batch._replace(real=torch.where(is_answer, batch.real[donor], batch.real))
         result[level] = {"rows": int(asked.sum())}

@@ -93,7 +93,7 @@ MODELS = {
     "gru": f"lab/variants/gru.py {ONE} --steps=1500",
 }
 REVISE, ADDITION = "train.py config/revise.toml", "train.py config/addition.toml"
-BACKWARDS = f"{ADDITION} --forget=1 --steps=3000"
+BACKWARDS = f"{ADDITION} --forget=0.9 --steps=3000"
 FREE = "train.py config/chain.toml --warm_up=1"
 AT_ONCE = f"{FREE} --curriculum=false"
 OTHER_CHAINS = ("modulo_7", "modulo_10", "characters")

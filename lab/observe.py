@@ -201,7 +201,7 @@ def make_trace(texts: list[str], config: ObserveConfig, model: GPT, vocabulary, 
     device, reads = model.head.weight.device, config.teach or bool(config.input)
     thinking, notes, sequences = as_trained(state, vocabulary), [], []
     if vocabulary.row_end < 0 and not thinking.window:  # a text has no end, its windows have
-        thinking.window = trained_config(state).block * (1 + thinking.runs(model.config))
+        thinking.window = trained_config(state).block * (1 + thinking.longest_run(model.config))
     if thinking.force is not None and model.config.n_bits:
         notes.append("Its gate has learned nothing yet: it thinks as it was made to in training.")
     generator = torch.Generator(device).manual_seed(0)

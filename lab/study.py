@@ -33,7 +33,7 @@ from lab.report import by_chance, joint_counts, mutual_information
 from model import GPT, Thinking
 from options import load_config, option, run
 from runs import load_model, pick_device
-from train import ASK_GATE, as_trained, may_think, rollout
+from train import UNFORCED, as_trained, may_think, rollout
 
 BEHIND = 16  # tokens behind the cut
 PART = 100  # windows that go through together
@@ -74,7 +74,7 @@ def notes(model: GPT, thinking: Thinking, generator, context: Tensor) -> Tensor:
     thoughts = slice(1, 1 + thinking.max_run)
     number = grid.token[:, :, thoughts] - model.config.vocab_size  # (B, T + 1, R)
     forced = torch.where(grid.present[:, :, thoughts], number, -1)
-    forced[:, -2] = ASK_GATE
+    forced[:, -2] = UNFORCED
     always = dataclasses.replace(thinking, force=1.0, price=None, after=None)
     grid, _ = rollout(model, real, length, always, generator, forced)
     return grid.token[:, -2, thoughts]

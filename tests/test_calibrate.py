@@ -94,7 +94,7 @@ def test_the_value_of_a_thought_is_that_of_two_rollouts_that_differ_in_it(subjec
         so_far = torch.where(grid.present[b], grid.token[b] - V, -1)[:, 1:-2]  # (T, R)
         costs = []
         for thought in (-1, int(found["own"][b, t, run])):
-            forced = torch.full((1, 8, 2), train.ASK_GATE)
+            forced = torch.full((1, 8, 2), train.UNFORCED)
             forced[0, :t], forced[0, t, :run] = so_far[:t], so_far[t, :run]
             forced[0, t, run] = thought
             other, out = rollout(model, real, length, thinking, forced=forced)

@@ -14,7 +14,7 @@ from data.dataset import Batch
 from lab import control
 from model import Thinking, generate
 from train import (
-    ASK_GATE,
+    UNFORCED,
     answers_right,
     counted_tokens,
     rollout,
@@ -240,7 +240,7 @@ def test_a_sequence_thinks_as_before_but_anothers_thought_at_one_place(tiny, bat
     able = right & (thoughts[:, 1, 0] >= 0)
     assert 1 < found["rows"] == able.sum()
     for b in able.nonzero()[:, 0]:
-        assert torch.equal(forced[b, 0], thoughts[b, 0]) and (forced[b, 2:] == ASK_GATE).all()
+        assert torch.equal(forced[b, 0], thoughts[b, 0]) and (forced[b, 2:] == UNFORCED).all()
         donors = [d for d in range(30) if able[d] and torch.equal(batch.real[d, 3:], other[b, 3:])]
         assert torch.equal(other[b, :3], own[b, :3]) and not torch.equal(other[b, 3:], own[b, 3:])
         assert any(torch.equal(forced[b, 1], thoughts[d, 1]) for d in donors)

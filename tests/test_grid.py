@@ -6,7 +6,7 @@ from conftest import RECALL, K, V, alone, grid_of, replay, seeded, segments, str
 
 import train
 from model import Thinking, decide
-from train import ASK_GATE, may_think, rollout
+from train import UNFORCED, may_think, rollout
 
 # ----------------------------------------------------------------------------------------------
 # what a grid says
@@ -62,10 +62,10 @@ def step_by_step(model, real, thinking, forced=None):
                 wants = bool(out.gate[0, -1] > 0)
             thought = int(model.thoughts.likeliest(out.thoughts[0, -1]))
             if run == 0 and thinking.after is not None and not thinking.after[real[t]]:
-                wants, told = False, ASK_GATE
+                wants, told = False, UNFORCED
             elif forced is not None and run < thinking.max_run:
                 told = int(forced[t, run])
-                wants, thought = (wants, thought) if told == ASK_GATE else (told >= 0, max(told, 0))
+                wants, thought = (wants, thought) if told == UNFORCED else (told >= 0, max(told, 0))
             if run == thinking.max_run or not wants:
                 break
             stream.append(V + thought)
@@ -114,7 +114,7 @@ def test_a_rollout_is_what_one_gets_cell_by_cell_with_the_whole_stream_each_time
 def test_forced_thoughts_are_thought_and_the_gate_says_the_rest(tiny):
     model, thinking = tiny().double(), Thinking(greedy=True, max_run=2)
     real, length = torch.randint(V, (4, 8), generator=seeded(0)), torch.tensor([8, 5, 8, 8])
-    forced = torch.randint(ASK_GATE, K, (4, 8, 2), generator=seeded(1))
+    forced = torch.randint(UNFORCED, K, (4, 8, 2), generator=seeded(1))
     forced[:, 0], forced[:, 1] = torch.tensor([3, 1]), torch.tensor([2, -1])
     grid, _ = rollout(model, real, length, thinking, forced=forced)
     twin = [step_by_step(model, r[:n], thinking, f) for r, n, f in zip(real, length, forced)]

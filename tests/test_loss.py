@@ -12,10 +12,10 @@ import train
 from data.dataset import Batch
 from model import Cells, Thinking, Thoughts
 from train import (
-    ASK_GATE,
+    UNFORCED,
     JUMP,
     Config,
-    Outputs,
+    GridOutput,
     answers_right,
     baseline,
     counted_tokens,
@@ -127,7 +127,7 @@ def test_the_tokens_of_an_answer_count_or_all_of_a_text():
 def test_an_answer_is_right_if_each_of_its_tokens_is_the_likeliest_where_it_is_emitted():
     grid = grid_of([[0, 5, 1, 2, 3]] * 4)  # the cells would say 1, 1, 2, 3; the first one thinks
     rows = [1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]
-    out = Outputs(None, on(grid, *rows).bool(), *[None] * 6)
+    out = GridOutput(None, on(grid, *rows).bool(), *[None] * 6)
     assert answers_right(out, grid, ALL).tolist() == [True, True, False, False]
     last = counted_tokens(batch_of(grid, 3))
     assert answers_right(out, grid, last).tolist() == [True, True, True, False]
@@ -317,7 +317,7 @@ def test_thoughts_that_are_forced_have_no_echo(tiny):
     """What they say is given: only later tokens learn to read them."""
     model, real = tiny(1), torch.randint(V, (4, 6), generator=seeded(0))
     length, weights = torch.full((4,), 6), list(model.thoughts.parameters())
-    for forced in (ASK_GATE, 2):
+    for forced in (UNFORCED, 2):
         told = torch.full((4, 6, 1), forced)
         _, out = rollout(model, real, length, Thinking(force=1.0), forced=told)
         head, _, embedding, _ = torch.autograd.grad(out.loss.sum(), weights, allow_unused=True)
@@ -369,7 +369,7 @@ def log_phi(x):
 def test_demonstrated_thoughts_are_learned_by_heart_and_so_is_when_to_think(tiny):
     grid = grid_of([[0, 6, 1, 2], [0, 7, 1, 2]])
     h, gate = torch.randn(2, 3, 5, D_BITS), torch.randn(2, 3, 5)
-    out = Outputs(None, None, h, None, gate, None, None, None)
+    out = GridOutput(None, None, h, None, gate, None, None, None)
     batch = batch_of(grid, 2, shown=torch.tensor([True, False]))
     asked = train.may_think(grid, Thinking(max_run=1))
     asked[:, :, 1] = False
@@ -478,7 +478,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
     batch = Batch.plain(real, length[::4], torch.full((3,), 2), length[::4])
     batch = batch._replace(shown=shown, **more).repeat(4)
     thinking = Thinking(max_run=2, explore=explore, window=5)
-    forced = torch.where(batch.shown[:, None, None], batch.thoughts, ASK_GATE)
+    forced = torch.where(batch.shown[:, None, None], batch.thoughts, UNFORCED)
     cuts = torch.zeros_like(batch.real, dtype=torch.bool)
     cuts[4:8, 0] = True
     torch.manual_seed(3)

@@ -37,7 +37,7 @@ class Trainer(train.Trainer):
         return batch
 
 
-def hybrid_loss(gpt, grid: train.Grid, out: train.Outputs, batch, whole, thinking, config, paid):
+def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, whole, thinking, config, paid):
     """As train.hybrid_loss, and one more term: minus the mean of advantage times log p(thought)."""
     terms = usual_loss(gpt, grid, out, batch, whole, thinking, config, paid)
     cost = out.loss.detach() * train.counted_tokens(batch)
