@@ -17,8 +17,8 @@ Glossary, beside model.py's
   cut             a place right before a thought: nothing before it is visible from there on
   jump            a place after which all stands further on, as if much lay in between
   level           how hard a sequence is, e.g. how many operations it has
-  warm-up         thoughts cost nothing, and are forced unless the data demonstrate them; in the cost
-                  phase that follows (`paid`), the gate is asked, and each thought has its price
+  warm-up         thoughts cost nothing, and are forced unless the data demonstrate them; in the
+                  cost phase that follows (`paid`) the gate is asked, and each thought has its price
   demonstration   a sequence whose thoughts the data show
   batch           real (B, T) ids, length (B,), prompt (B,) tokens before the answer, level (B,),
                   thoughts (B, T, R) demonstrated, wrong (B, T) first guesses, shown (B,) bool:

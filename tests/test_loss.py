@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import D_BITS, RECALL, K, V, alone, batch_of, grid_of, replay, seeded, segments
+from conftest import D_BITS, RECALL, V, alone, batch_of, grid_of, replay, seeded, segments
 
 import train
 from data.dataset import Batch
@@ -199,8 +199,8 @@ def every_rollout(model, real, after):
     All ways in which one sequence can be rolled out, up to two thoughts in a row -> a grid each.
     `after`: tokens that a thought may follow.
     """
-    K = model.config.n_think
-    thoughts = range(len(model.embedding.weight), len(model.embedding.weight) + K)
+    V = model.config.vocab_size
+    thoughts = range(V, V + model.config.n_think)
     runs = [run for n in range(3) for run in itertools.product(thoughts, repeat=n)]
     for chosen in itertools.product(runs, repeat=len(real) - 1):
         if all(after[i] or not run for i, run in zip(real, chosen)):

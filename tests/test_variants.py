@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import ROOT, batch_of, call, grid_of, replay, seeded, small
 
-import model
 import train
 from data.automata.prepare import main as prepare_automata
 from lab.variants import reinforce
