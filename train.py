@@ -228,6 +228,9 @@ def rollout(
         moved[:, :, 0] -= jumps  # what follows the token, not the token
     moved, target = moved.view(B, T * S), F.pad(real[:, 1:], (0, 1))  # (B, T) the next token
     kind = torch.arange(T * S, device=device) % S  # the slot of each cell
+    may_follow = torch.ones_like(real, dtype=torch.bool)  # a thought may follow this token
+    if thinking.after is not None:
+        may_follow = thinking.after.to(device)[real]
     beside = [S + RECALL_SLOT] * config.recall + [S + WRONG_SLOT] * (wrong is not None)
     count, cache, echo = torch.zeros_like(length)[:, None], None, None  # cells so far, (B, 1)
     waiting, done, parts = [], [], []  # cells; those that are done, and what they put out
@@ -259,9 +262,7 @@ def rollout(
 
     for t in range(int(length.max()) - 1):
         waiting.append(t * S)
-        asked = present[:, t * S]
-        if thinking.after is not None:
-            asked = asked & thinking.after.to(device)[real[:, t]]
+        asked = present[:, t * S] & may_follow[:, t]
         for r in range(R):
             if not asked.any():
                 break
@@ -661,13 +662,17 @@ class Trainer:
     def thinking(self) -> Thinking:
         return how_to_think(self.config, self.vocabulary, self.paid)
 
+    @property
+    def rollouts(self) -> int:
+        """Of each sequence, one after another in the batch."""
+        return self.config.rollouts if self.paid else 1
+
     def draw(self) -> Batch:
-        """A batch of the levels in use; in the cost phase each sequence several times."""
-        c, levels = self.config, self.curriculum.levels
-        several = c.rollouts if self.paid else 1
-        count = max(1, c.batch_tokens // self.rows.longest(levels[-1]) // several)
-        batch = self.rows.draw(count, levels, None, newest=self.curriculum.emphasised)
-        return batch.to(self.device).repeat(several)
+        """A batch of the levels in use."""
+        levels = self.curriculum.levels
+        sequences = self.config.batch_tokens // self.rows.longest(levels[-1]) // self.rollouts
+        batch = self.rows.draw(max(1, sequences), levels, None, self.curriculum.emphasised)
+        return batch.to(self.device).repeat(self.rollouts)
 
     def train_step(self) -> dict:
         c = self.config
@@ -675,8 +680,8 @@ class Trainer:
         torch.manual_seed(hash((c.seed, self.step, RANK)))
         batch = self.draw()
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
-        several = c.rollouts if self.paid else 1
-        cuts, jumps = draw_cuts(batch, c.forget if c.n_bits else 0.0, several, thinking.after)
+        share = c.forget if c.n_bits else 0.0
+        cuts, jumps = draw_cuts(batch, share, self.rollouts, thinking.after)
         jumps *= not c.window  # which would hide what is behind a jump
         jumps *= self.model.position is None  # learned positions have no room for jumps
         whole = ~cuts.any(dim=1)
@@ -770,10 +775,8 @@ class Trainer:
             raise DataError("the checkpoint is of another shape than the config asks for")
         self.model.load_state_dict(state["model"])
         for optimiser, kept in zip(self.optimisers, state["optimisers"]):
-            rates = [(g["peak_lr"], g["weight_decay"]) for g in optimiser.param_groups]
-            optimiser.load_state_dict(kept)
-            for group, now in zip(optimiser.param_groups, rates):
-                group["peak_lr"], group["weight_decay"] = now  # as the config says now
+            rates = optimiser.state_dict()["param_groups"]  # as the config says now
+            optimiser.load_state_dict(kept | {"param_groups": rates})
         for name, value in state["progress"].items():
             setattr(self, name, value)
         vars(self.curriculum).update(state["curriculum"])
