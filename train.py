@@ -548,7 +548,7 @@ class Curriculum:
 
     def __init__(self, count: dict[int, int], grows: bool = True):
         """count: {level: sequences}, shortest first. Without `grows` all are in use at once."""
-        self.every = list(count)
+        self.every, self.grows = list(count), grows
         self.stages = pools(count) if grows else [len(count)]  # levels in use at each stage
         self.stage = 0
         self.right = 0.0  # moving average: share of the newest that is right
@@ -830,7 +830,7 @@ def what_was_learned(trainer: Trainer) -> str:
     line = f"learned: levels {learned[0]} to {learned[-1]}" if learned else "no level was learned"
     if len(learned) < len(every):
         line += f"; not learned: {every[len(learned)]} to {every[-1]}"
-    if not trainer.config.curriculum:
+    if not trainer.curriculum.grows:
         line = "all levels were in use from the start"
     costless = trainer.config.n_bits and not trainer.paid
     return line + ("; thoughts never cost anything" if costless else "")
