@@ -682,8 +682,9 @@ class Trainer:
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
         share = c.forget if c.n_bits else 0.0
         cuts, jumps = draw_cuts(batch, share, self.rollouts, thinking.after)
-        jumps *= not c.window  # which would hide what is behind a jump
-        jumps *= self.model.position is None  # learned positions have no room for jumps
+        # a window would hide what is before a jump, learned positions have no room for it, and what
+        # a plain GPT is looking for often stands at a fixed distance
+        jumps *= c.n_bits > 0 and not c.window and self.model.position is None
         whole = ~cuts.any(dim=1)
         # what is cut teaches thoughts, what is whole teaches the gate
         own = torch.where(whole, UNFORCED, THINK if self.paid else UNFORCED)[:, None, None]

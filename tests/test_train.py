@@ -118,7 +118,7 @@ def test_what_is_cut_always_thinks_and_the_gate_decides_in_the_rest(chains, tmp_
     assert torch.equal(thinks[is_cut], grid.present[is_cut][:, :, 0])
 
 
-def test_positions_jump_only_where_that_leads_out_of_nobodys_sight(chains, tmp_path, monkeypatch):
+def test_positions_jump_only_where_thoughts_can_bridge_it(chains, tmp_path, monkeypatch):
     seen = []
 
     def walk(*how, jumps, **more):
@@ -132,7 +132,7 @@ def test_positions_jump_only_where_that_leads_out_of_nobodys_sight(chains, tmp_p
     learned.model.position = torch.nn.Embedding(64, 32)
     learned.model.config.n_positions = 64
     learned.train_step()
-    assert seen[0] > 30 and seen[1] > 30 and seen[2:] == [0, 0]
+    assert seen[0] > 30 and seen[1:] == [0, 0, 0]
 
 
 def test_each_step_of_each_seed_draws_a_batch_of_its_own(chains, tmp_path, monkeypatch):
