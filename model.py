@@ -197,7 +197,7 @@ class Thoughts(nn.Module):
     def echo(self, h: Tensor) -> Tensor:
         """
         h (..., d) -> (..., D), all zeros. Added to a thought's embedding it changes no value, but
-        gives h, of an earlier pass, the gradient that the bits would get if they were tanh(h).
+        gives h, of the cell before, the gradient that the bits would get if they were tanh(h).
         """
         soft = h.tanh()
         return F.linear(soft - soft.detach(), self.embedding.weight)
