@@ -154,11 +154,17 @@ def without_last(cells: Tensor, count: int) -> Tensor:
     return F.pad(cells[:, :, :-count], (0, count))
 
 
+def may_follow(real: Tensor, after: Tensor | None) -> Tensor:
+    """-> (B, T): a thought may follow this token. after (V,): see Thinking."""
+    if after is None:
+        return torch.ones_like(real, dtype=torch.bool)
+    return after.to(real.device)[real]
+
+
 def may_think(grid: Grid, thinking: Thinking) -> Tensor:
     """-> (B, T, S): the gate is asked here."""
     asked = without_last(grid.present, 3)
-    if thinking.after is not None:
-        asked[:, :, 0] &= thinking.after.to(asked.device)[grid.token[:, :, 0]]
+    asked[:, :, 0] &= may_follow(grid.token[:, :, 0], thinking.after)
     return asked
 
 
@@ -187,7 +193,8 @@ def empty_grid(model: GPT, real: Tensor, length: Tensor, runs: int, wrong: Tenso
         token[:, :, RECALL_SLOT] = model.config.vocab_size + model.config.n_think
         present[:, :, RECALL_SLOT] = True
     if wrong is not None:
-        token[:, :, WRONG_SLOT], present[:, :, WRONG_SLOT] = wrong.clamp(min=0), wrong >= 0
+        token[:, :, WRONG_SLOT] = wrong.clamp(min=0)
+        present[:, :, WRONG_SLOT] = (wrong >= 0) & present[:, :, 0]
     return Grid(token, present)
 
 
@@ -221,18 +228,16 @@ def rollout(
     R, V = thinking.longest_run(config), config.vocab_size
     grid, S = empty_grid(model, real, length, R, wrong), 1 + R + 2
     token, present = grid.token.view(B, T * S), grid.present.view(B, T * S)  # the same memory
-    begins = torch.zeros(B, T * S, dtype=torch.long, device=device)  # here a segment begins
-    moved = begins.clone().view(B, T, S)
+    moved = torch.zeros_like(grid.token)
     if jumps is not None:
         moved = moved + jumps.cumsum(dim=1)[:, :, None]
         moved[:, :, 0] -= jumps  # what follows the token, not the token
     moved, target = moved.view(B, T * S), F.pad(real[:, 1:], (0, 1))  # (B, T) the next token
     kind = torch.arange(T * S, device=device) % S  # the slot of each cell
-    may_follow = torch.ones_like(real, dtype=torch.bool)  # a thought may follow this token
-    if thinking.after is not None:
-        may_follow = thinking.after.to(device)[real]
+    may_be_asked = grid.present[:, :, 0] & may_follow(real, thinking.after)
     beside = [S + RECALL_SLOT] * config.recall + [S + WRONG_SLOT] * (wrong is not None)
     count, cache, echo = torch.zeros_like(length)[:, None], None, None  # cells so far, (B, 1)
+    segment = count  # of all cells that wait: where one begins, nothing else does
     waiting, done, parts = [], [], []  # cells; those that are done, and what they put out
 
     def go() -> Output:
@@ -245,24 +250,23 @@ def rollout(
         position = (count + lasting.cumsum(dim=1) - lasting.long()) * here + moved[:, waiting]
         cells = Cells(position)
         if R or beside:  # else what is absent comes last, and causal attention hides it
-            segment = begins.cumsum(dim=1)[:, waiting] if cuts is not None else begins[:, waiting]
-            cells = Cells(position, segment, lasting, (slot == S + RECALL_SLOT).expand_as(here))
+            is_recall = (slot == S + RECALL_SLOT).expand_as(here)
+            cells = Cells(position, segment.expand_as(here), lasting, is_recall)
         out = model(x, cells, cache, thinking.window)
         count, cache, echo = count + lasting.sum(dim=1, keepdim=True), out.cache, None
         if not config.recall:  # absent cells, and those beside, take columns, too
             cache = cache.last(thinking.window * (1 + R + len(beside)))
         aim = target[:, [cell // S for cell in waiting]].masked_fill(slot == S + WRONG_SLOT, V)
         loss = F.cross_entropy(out.logits.flatten(0, 1), aim.flatten(), reduction="none")
-        parts.append(
-            (loss.view_as(aim), out.logits.argmax(dim=-1) == aim, *out[1:7])
-        )  # in GridOutput's order
+        right = out.logits.argmax(dim=-1) == aim
+        parts.append((loss.view_as(aim), right, *out[1:-1]))  # all but the cache, as in GridOutput
         done.extend(waiting)
         waiting.clear()
         return out
 
     for t in range(int(length.max()) - 1):
         waiting.append(t * S)
-        asked = present[:, t * S] & may_follow[:, t]
+        asked = may_be_asked[:, t]
         for r in range(R):
             if not asked.any():
                 break
@@ -278,7 +282,7 @@ def rollout(
             asked, cell = asked & wants, t * S + r + 1
             token[:, cell], present[:, cell] = V + thought, asked
             if cuts is not None and r == 0:
-                begins[:, cell] = cuts[:, t] & asked
+                segment = segment + (cuts[:, t] & asked)[:, None]
             waiting.append(cell)
         waiting += [t * S + slot for slot in beside]
         if len(waiting) >= CHUNK:
@@ -316,8 +320,7 @@ def draw_cuts(batch: Batch, share: float, rollouts: int = 1, after: Tensor | Non
     """
     (B, T), device = batch.real.shape, batch.real.device
     places = torch.arange(T, device=device) + 1 < batch.prompt[:, None]  # (B, T)
-    if after is not None:
-        places &= after.to(device)[batch.real]
+    places &= may_follow(batch.real, after)
     one = torch.rand(B, T, device=device).masked_fill(~places, -1).argmax(dim=1)
     one = F.one_hot(one, T).bool() & places
     is_text = (batch.prompt == batch.length)[:, None]
@@ -440,9 +443,7 @@ def wrong_tokens(batch: Batch, share: float, V: int) -> Tensor:
     tried = torch.rand(drawn.shape, device=drawn.device) < share
     wrong = torch.where(batch.wrong >= 0, batch.wrong, torch.where(tried, drawn, -1))
     wrong = F.pad(wrong[:, 1:], (0, 1), value=-1)  # it follows the token before it
-    t = torch.arange(wrong.size(1), device=wrong.device)
-    emitted = counted_tokens(batch)[:, :, 0] & (t + 1 < batch.length[:, None])
-    return torch.where(emitted, wrong, -1)
+    return torch.where(counted_tokens(batch)[:, :, 0], wrong, -1)
 
 
 def answers_right(out: GridOutput, grid: Grid, counted: Tensor) -> Tensor:
@@ -656,11 +657,12 @@ class Trainer:
         self.clipped = [others, watching]  # apart: the size of one must not shrink the other
         has_answers = self.vocabulary.row_end >= 0  # a text has no answers to master
         self.curriculum = Curriculum(self.rows.count, config.curriculum and has_answers)
+        self.ways = {paid: how_to_think(config, self.vocabulary, paid) for paid in (False, True)}
         self.step, self.seconds, self.paid = 0, 0.0, False
 
     @property
     def thinking(self) -> Thinking:
-        return how_to_think(self.config, self.vocabulary, self.paid)
+        return self.ways[self.paid]
 
     @property
     def rollouts(self) -> int:
@@ -687,7 +689,7 @@ class Trainer:
         jumps *= c.n_bits > 0 and not c.window and self.model.position is None
         whole = ~cuts.any(dim=1)
         # what is cut teaches thoughts, what is whole teaches the gate
-        own = torch.where(whole, UNFORCED, THINK if self.paid else UNFORCED)[:, None, None]
+        own = torch.where(~whole & self.paid, THINK, UNFORCED)[:, None, None]
         forced = F.pad(batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=NO_THOUGHT)
         forced = torch.where(batch.shown[:, None, None], forced, own)
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
@@ -722,9 +724,7 @@ class Trainer:
         norms = [torch.nn.utils.clip_grad_norm_(some, CLIP).item() for some in self.clipped]
         if not math.isfinite(loss.item() + sum(norms)):
             message = f"the loss is {loss.item()}, its gradient {norms}, at step {self.step}"
-            raise FloatingPointError(
-                f"{message}: a lower --lr may help; the last checkpoint is of before"
-            )
+            raise FloatingPointError(f"{message}: a lower --lr may help; this step is not saved")
         for optimiser in self.optimisers:
             optimiser.step()
 

@@ -176,7 +176,7 @@ def intervene(subject: Subject, batch: Batch, own: Tensor, cell: Tensor) -> Tens
     later = torch.arange(T) - (cell // R)[:, None]  # (B, T) tokens since then
     near = (later >= 0) & (later < (trained.horizon or T))
     counted, costs = train.counted_tokens(batch)[:, :, 0] & near, []
-    for told in (torch.full_like(own, -1), own):
+    for told in (torch.full_like(own, train.NO_THOUGHT), own):
         forced = torch.full((B, T * R), train.UNFORCED).scatter(1, cell[:, None], told)
         how = subject.model, batch.real, batch.length, subject.thinking
         grid, out = train.rollout(*how, forced=forced.view(B, T, R))

@@ -102,11 +102,11 @@ def alone(model, grid, b, window=0, segment=None):
     The slow twin of a rollout: one sequence by itself, without cache, cell behind cell, with a mask
     written out rule by rule -> {(t, slot): model.Output without its cache} of the cells present.
     """
-    used, S = grid.present, grid.token.size(2)
+    S = grid.token.size(2)
     cells, position, lasting = [], [], 0
     for t in range(grid.token.size(1)):
         for slot in range(S):
-            if used[b, t, slot]:
+            if grid.present[b, t, slot]:
                 cells.append((t, slot))
                 position.append(lasting)
                 lasting += slot < S - 2
