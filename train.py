@@ -86,7 +86,7 @@ class Config:  # option(default, help, least, most)
     revise: float = option(0.0, "share of tokens tried with a wrong one, to teach REVISE", 0, 1)
     window: int = option(0, "positions in view, in training and after; 0 for all", 0)
     # optimisation
-    steps: int = option(1500, "optimiser steps", 1)
+    steps: int = option(3500, "optimiser steps, at most: see FALL", 1)
     batch_tokens: int = option(1024, "real tokens a step and process, all rollouts counted", 1)
     lr: float = option(2e-3, "peak learning rate", 0)
     gate_lr: float = option(5e-3, "peak learning rate of gates and observer", 0)
@@ -97,7 +97,7 @@ class Config:  # option(default, help, least, most)
     force_think_prob: float = option(
         1.0, "in the warm-up, of max_run thoughts after a token; of RECALL", 0, 1
     )
-    warm_up: float = option(0.4, "share of the steps, at least, before thoughts cost", 0, 1)
+    warm_up: float = option(0.8, "share of the steps, at most, before thoughts cost", 0, 1)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
     forget: float = option(0.8, "share of the sequences that are cut; in the others, jumps", 0, 0.9)
     thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
@@ -308,26 +308,24 @@ def rollout(
 JUMP = 64  # positions, at most
 
 
-def draw_cuts(batch: Batch, share: float, rollouts: int = 1, after: Tensor | None = None):
+def draw_cuts(batch: Batch, cut: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     Where to forget, and where to jump -> (B, T) bool, (B, T) positions, for `rollout`.
-    A `share` of the sequences is cut at a random token of the prompt (not its last; one that a
-    thought may follow): from that thought on, nothing earlier is visible, so the thought must carry
-    what is needed later. In full view it need not, for the prompt can be looked up again. The other
-    sequences jump there, by up to JUMP positions, to practise longer distances than the data have.
-    A text, which is all prompt, is cut at every token and jumps nowhere. The rollouts of a
-    sequence, which stand one after another, are treated alike. after (V,): see Thinking.
+    A sequence that is to be `cut` (B,) is cut at a random token of the prompt (not its last; one
+    that a thought may follow): from that thought on, nothing earlier is visible, so the thought
+    must carry what is needed later. In full view it need not, for the prompt can be looked up
+    again. The others jump there, by up to JUMP positions, to practise longer distances than the
+    data have. A text, which is all prompt, is cut at every token and jumps nowhere. after (V,):
+    see Thinking.
     """
     (B, T), device = batch.real.shape, batch.real.device
     places = torch.arange(T, device=device) + 1 < batch.prompt[:, None]  # (B, T)
     places &= may_follow(batch.real, after)
     one = torch.rand(B, T, device=device).masked_fill(~places, -1).argmax(dim=1)
     one = F.one_hot(one, T).bool() & places
-    is_text = (batch.prompt == batch.length)[:, None]
-    is_cut = torch.rand(B, 1, device=device) < share
-    cuts = torch.where(is_text, places, one) & is_cut
-    jumps = (one & ~is_cut & ~is_text) * torch.randint(JUMP + 1, (B, 1), device=device)
-    return tuple(x[::rollouts].repeat_interleave(rollouts, dim=0) for x in (cuts, jumps))
+    is_text, cut = (batch.prompt == batch.length)[:, None], cut[:, None]
+    far = torch.randint(JUMP + 1, (B, 1), device=device)
+    return torch.where(is_text, places, one) & cut, (one & ~cut & ~is_text) * far
 
 
 # ----------------------------------------------------------------------------------------------
@@ -524,7 +522,6 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
 POOL = 64  # sequences, at least, that come into use together
 MASTERED = 0.9  # share of the newest that is right in training, cut or not, when the next come
 RATE = 0.2  # of the moving average of that share
-LAST_CALL = 0.75  # of the steps: then the levels that are left come into use all the same
 
 
 def pools(count: dict[int, int]) -> list[int]:
@@ -595,13 +592,19 @@ class Curriculum:
 # ----------------------------------------------------------------------------------------------
 # the loop
 
-RISE, CLIP = 100, 1.0  # steps in which the learning rate rises; largest norm of the gradient
+RISE = 100  # steps, the first, in which the learning rate rises
+FALL = 0.2  # of the steps, the last, in which it falls: they begin when all levels are learned
+CLIP = 1.0  # largest norm of the gradient
 LOG_EVERY = 50
+PROGRESS = ("step", "learned_at", "seconds", "paid")  # of a Trainer, kept in a checkpoint
 
 
-def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rates: a linear rise, and cosine decay to 0."""
-    return min(1, (step + 1) / RISE) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def schedule(step: int, left: float) -> float:
+    """
+    Share of the peak learning rates: a linear rise, and at last, where a share `left` of all steps
+    is left, half a cosine down to 0.
+    """
+    return min(1, (step + 1) / RISE) * 0.5 * (1 - math.cos(math.pi * min(1, left / FALL)))
 
 
 def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking:
@@ -659,37 +662,38 @@ class Trainer:
         self.curriculum = Curriculum(self.rows.count, config.curriculum and has_answers)
         self.ways = {paid: how_to_think(config, self.vocabulary, paid) for paid in (False, True)}
         self.step, self.seconds, self.paid = 0, 0.0, False
+        self.learned_at = None  # the step after which the curriculum was done
 
     @property
     def thinking(self) -> Thinking:
         return self.ways[self.paid]
 
-    @property
-    def rollouts(self) -> int:
-        """Of each sequence, one after another in the batch."""
-        return self.config.rollouts if self.paid else 1
-
-    def draw(self) -> Batch:
-        """A batch of the levels in use."""
-        levels = self.curriculum.levels
-        sequences = self.config.batch_tokens // self.rows.longest(levels[-1]) // self.rollouts
-        batch = self.rows.draw(max(1, sequences), levels, None, self.curriculum.emphasised)
-        return batch.to(self.device).repeat(self.rollouts)
+    def draw(self) -> tuple[Batch, Tensor]:
+        """
+        A batch of the levels in use -> batch; (B,) bool: sequences to cut. What is not cut teaches
+        the gate in the cost phase: of each such sequence there are several, one after another.
+        """
+        c, levels, device = self.config, self.curriculum.levels, self.device
+        rollouts = c.rollouts if self.paid else 1
+        groups = max(1, c.batch_tokens // self.rows.longest(levels[-1]) // rollouts)
+        batch = self.rows.draw(groups * rollouts, levels, None, self.curriculum.emphasised)
+        share = c.forget if c.n_bits else 0.0
+        cut = (torch.rand(groups, device=device) < share).repeat_interleave(rollouts)
+        own = torch.arange(groups * rollouts, device=device)
+        return batch.to(device).rows(torch.where(cut, own, own // rollouts * rollouts)), cut
 
     def train_step(self) -> dict:
         c = self.config
         # every step's chance follows from its number: a resumed run draws what a whole one would
         torch.manual_seed(hash((c.seed, self.step, RANK)))
-        batch = self.draw()
+        batch, cut = self.draw()
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
-        share = c.forget if c.n_bits else 0.0
-        cuts, jumps = draw_cuts(batch, share, self.rollouts, thinking.after)
+        cuts, jumps = draw_cuts(batch, cut, thinking.after)
         # a window would hide what is before a jump, learned positions have no room for it, and what
         # a plain GPT is looking for often stands at a fixed distance
         jumps *= c.n_bits > 0 and not c.window and self.model.position is None
-        whole = ~cuts.any(dim=1)
         # what is cut teaches thoughts, what is whole teaches the gate
-        own = torch.where(~whole & self.paid, THINK, UNFORCED)[:, None, None]
+        own = torch.where(cut & self.paid, THINK, UNFORCED)[:, None, None]
         forced = F.pad(batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=NO_THOUGHT)
         forced = torch.where(batch.shown[:, None, None], forced, own)
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
@@ -697,7 +701,7 @@ class Trainer:
         with torch.autocast(self.device, torch.bfloat16, enabled=use_bf16):
             how = {"forced": forced, "cuts": cuts, "jumps": jumps, "wrong": wrong}
             grid, out = rollout(self.network, batch.real, batch.length, thinking, **how)
-            terms = hybrid_loss(self.model, grid, out, batch, whole, thinking, c, self.paid)
+            terms = hybrid_loss(self.model, grid, out, batch, ~cut, thinking, c, self.paid)
         self.update(sum(terms.values()))
         right = answers_right(out, grid, counted_tokens(batch))
         self.curriculum.grow(batch.level, right)
@@ -708,8 +712,8 @@ class Trainer:
         log |= {"right": right.float().mean().item(), "tokens": tokens}
         log |= {"thoughts_per_token": int(grid.thinks.sum()) / tokens}
         log |= {"recalls_per_token": int(grid.recalls.sum()) / tokens}
-        self.begin_to_charge()
         self.step += 1
+        self.begin_to_charge()
         return log
 
     def update(self, loss: Tensor) -> None:
@@ -717,7 +721,7 @@ class Trainer:
         for optimiser in self.optimisers:
             optimiser.zero_grad()
             for group in optimiser.param_groups:
-                group["lr"] = group["peak_lr"] * schedule(self.step, self.config.steps)
+                group["lr"] = group["peak_lr"] * schedule(self.step, self.left / self.config.steps)
         loss.backward()
         if WORLD > 1:
             average_gradients(self.model)
@@ -728,19 +732,28 @@ class Trainer:
         for optimiser in self.optimisers:
             optimiser.step()
 
+    @property
+    def left(self) -> int:
+        """Steps to come, at most: once all levels are learned, only those of FALL."""
+        left = self.config.steps - self.step
+        if self.learned_at is None:
+            return left
+        return min(left, self.learned_at + math.ceil(FALL * self.config.steps) - self.step)
+
     def begin_to_charge(self) -> None:
-        """The cost phase begins when all is learned, or late, when it evidently will not be."""
+        """The cost phase begins when all is learned, or when it evidently will not be."""
         c, curriculum = self.config, self.curriculum
-        decides, last_call = c.n_bits or c.recall, math.ceil(LAST_CALL * c.steps)
-        late = self.step >= last_call
-        if self.step == last_call and not curriculum.learned:
+        if curriculum.grows and curriculum.learned and self.learned_at is None:
+            self.learned_at = self.step
+        decides = c.n_bits or c.recall
+        if self.left == math.ceil(FALL * c.steps) and not curriculum.learned:
             if RANK == 0:
                 what = f"level {curriculum.newest[0]} is not learned after {self.step} steps"
                 then = ", and thoughts cost once the warm-up is over" if decides else ""
                 print(f"{what}: all levels are in use{then}", flush=True)
             curriculum.open()
-        if decides and self.step >= c.warm_up * c.steps and (curriculum.learned or late):
-            self.paid = True
+        if self.left < (1 - c.warm_up) * c.steps:
+            self.paid = bool(decides)
 
     def validate(self) -> dict:
         """{level: share of answers right, or nats a token where there is none}, greedy."""
@@ -762,7 +775,7 @@ class Trainer:
             "meta": self.meta,
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "progress": {"step": self.step, "seconds": self.seconds, "paid": self.paid},
+            "progress": {name: getattr(self, name) for name in PROGRESS},
             "curriculum": vars(self.curriculum),
             "mastered": self.curriculum.mastered,
         }
@@ -788,7 +801,7 @@ def progress_line(log: dict, rate: float, left: float) -> str:
     return (
         f"step {log['step']:5d}  {phase:7s}  level {log['level']:2d}  loss {log['loss']:.3f}  "
         f"right {log['right']:.2f}  thoughts/token {log['thoughts_per_token']:.2f}  "
-        f"{rate:,.0f} tokens/s  {left:.0f} s left"
+        f"{rate:,.0f} tokens/s  at most {left:.0f} s left"
     )
 
 
@@ -803,14 +816,14 @@ def train(trainer: Trainer) -> bool:
             log = trainer.train_step()
             trainer.seconds = time.monotonic() - began
             tokens, since = tokens + log.pop("tokens"), since + 1
-            last, stopped = trainer.step >= config.steps, interrupted()
+            last, stopped = trainer.left <= 0, interrupted()
             checks = trainer.step % config.eval_every == 0 or last
             logs = trainer.step % LOG_EVERY == 0 or last
             if RANK:
                 continue
             if logs:
                 spent = time.monotonic() - mark
-                left = spent / since * (config.steps - trainer.step)
+                left = spent / since * trainer.left
                 print(progress_line(log, tokens / spent, left), flush=True)
             if checks:
                 log["validation"] = trainer.validate()
@@ -844,7 +857,7 @@ def begin(trainer: Trainer) -> None:
         load_checkpoint(config.plain)  # if it is not there, say so now
     if config.resume:
         trainer.load_state(load_checkpoint(config.out, trainer.device))
-        if trainer.step >= config.steps:
+        if trainer.left <= 0:
             message = f"{config.out} is at step {trainer.step} already: give more --steps"
             raise DataError(message)
     if RANK == 0:

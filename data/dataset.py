@@ -143,9 +143,9 @@ class Batch(NamedTuple):
     def to(self, device) -> "Batch":
         return Batch(*(part.to(device) for part in self))
 
-    def repeat(self, times: int) -> "Batch":
-        """Each row `times` times, one behind the other."""
-        return Batch(*(part.repeat_interleave(times, dim=0) for part in self))
+    def rows(self, index: Tensor) -> "Batch":
+        """The rows of these numbers, in their order, some more than once."""
+        return Batch(*(part[index] for part in self))
 
 
 def untangle(tokens: np.ndarray, V: int, n_thoughts: int) -> tuple[np.ndarray, ...]:

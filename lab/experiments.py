@@ -94,7 +94,7 @@ MODELS = {
 }
 REVISE, ADDITION = "train.py config/revise.toml", "train.py config/addition.toml"
 BACKWARDS = f"{ADDITION} --forget=0.9 --steps=3000"
-FREE = "train.py config/chain.toml --warm_up=1"
+FREE = "train.py config/chain.toml --think_cost=0"
 AT_ONCE = f"{FREE} --curriculum=false"
 OTHER_CHAINS = ("modulo_7", "modulo_10", "characters")
 NOTES = "train.py config/shakespeare_notes.toml --init_from={plain} --plain={plain}"

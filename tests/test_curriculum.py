@@ -1,12 +1,13 @@
 """Which levels are in use, how often each is drawn, and when thoughts begin to cost."""
 
+import dataclasses
 import pytest
 import torch
 from conftest import small
 
 import train
 from data.dataset import Rows
-from train import LAST_CALL, MASTERED, POOL, Curriculum, Trainer, pools
+from train import MASTERED, POOL, Curriculum, Trainer, pools
 
 
 def feed(curriculum, share, times=100, level=None):
@@ -100,43 +101,65 @@ def test_a_curriculum_goes_on_from_its_state():
 
 @pytest.fixture
 def trainer(chains, tmp_path, monkeypatch):
-    """100 steps, thoughts free for the first 40; every level is a stage."""
+    """At most 100 steps, the last 20 of them FALL; every level is a stage."""
     monkeypatch.setattr(train, "POOL", 1)
-    return Trainer(small(chains, tmp_path, steps=100, warm_up=0.4))
+    return Trainer(small(chains, tmp_path, steps=100))
 
 
 def walk(trainer, first, end):
-    """Decide at each step from the first -> the one at which the cost phase begins, or None."""
+    """Decide after each step from the first -> the one after which thoughts cost, or None."""
     for trainer.step in range(first, end):
         trainer.begin_to_charge()
         if trainer.paid:
             return trainer.step
 
 
-def test_thoughts_cost_once_the_last_levels_are_mastered_and_the_warm_up_over(trainer, capsys):
+def test_once_the_last_levels_are_mastered_only_the_cost_phase_is_left(trainer, capsys):
     feed(trainer.curriculum, 1.0)
     feed(trainer.curriculum, 1.0)
-    assert trainer.curriculum.mastered == [1, 2] and walk(trainer, 0, 60) is None
+    assert trainer.curriculum.mastered == [1, 2] and walk(trainer, 0, 30) is None
+    assert trainer.left == 100 - 29
     feed(trainer.curriculum, 1.0)
-    assert trainer.curriculum.learned and walk(trainer, 30, 60) == 40
-    assert walk(trainer, 60, 61) == 60 and not capsys.readouterr().out
+    assert trainer.curriculum.learned and walk(trainer, 30, 60) == 31
+    trainer.step = 50
+    assert trainer.left == 0 and not capsys.readouterr().out
+
+
+def test_a_run_that_is_resumed_with_more_steps_goes_on(trainer):
+    for _ in range(3):
+        feed(trainer.curriculum, 1.0)
+    assert walk(trainer, 30, 60) == 31
+    trainer.config = dataclasses.replace(trainer.config, steps=1000)
+    trainer.step = 50
+    assert trainer.left == 30 + 200 - 50
+
+
+def test_without_a_curriculum_thoughts_cost_when_the_warm_up_is_over(chains, tmp_path):
+    how = {"curriculum": False, "steps": 100}
+    assert walk(Trainer(small(chains, tmp_path, warm_up=0.4, **how)), 0, 100) == 41
+    never = Trainer(small(chains, tmp_path, warm_up=1.0, **how))
+    assert walk(never, 0, 101) is None and never.left == 0
 
 
 def test_a_plain_model_has_nothing_to_pay_for(chains, tmp_path):
-    trainer = Trainer(small(chains, tmp_path, n_bits=0, curriculum=False, steps=100))
+    how = {"n_bits": 0, "curriculum": False, "steps": 100, "warm_up": 0.4}
+    trainer = Trainer(small(chains, tmp_path, **how))
     assert trainer.curriculum.learned and walk(trainer, 0, 100) is None
-    trainer = Trainer(small(chains, tmp_path, n_bits=0, recall=True, curriculum=False, steps=100))
-    assert walk(trainer, 0, 100) == 40, "but a RECALL has its price, too"
+    trainer = Trainer(small(chains, tmp_path, recall=True, **how))
+    assert walk(trainer, 0, 100) == 41, "but a RECALL has its price, too"
 
 
 def test_at_the_last_call_all_levels_come_into_use_and_thoughts_cost(trainer, capsys):
     feed(trainer.curriculum, 1.0)
-    last = int(LAST_CALL * 100)
-    assert walk(trainer, 40, last) is None and trainer.curriculum.levels == [1, 2]
+    assert walk(trainer, 0, 80) is None and trainer.curriculum.levels == [1, 2]
     assert not capsys.readouterr().out
-    assert walk(trainer, last, 100) == last and trainer.curriculum.levels == [1, 2, 3]
+    assert walk(trainer, 80, 100) == 81 and trainer.curriculum.levels == [1, 2, 3]
     assert trainer.curriculum.mastered == [1]
-    assert f"level 2 is not learned after {last} steps" in capsys.readouterr().out
+    assert "level 2 is not learned after 80 steps" in capsys.readouterr().out
+    for _ in range(3):
+        feed(trainer.curriculum, 1.0)
+    trainer.begin_to_charge()
+    assert trainer.left == 100 - 81, "what is mastered later than that does not make a run longer"
 
 
 def test_a_step_draws_what_the_curriculum_says_and_tells_it_what_was_right(trainer, monkeypatch):
@@ -163,13 +186,14 @@ def test_a_step_draws_what_the_curriculum_says_and_tells_it_what_was_right(train
     assert torch.equal(heard[0][1], right) and 0 < right.sum() < len(right)
 
 
-def test_in_the_cost_phase_each_sequence_is_rolled_out_several_times(trainer):
-    before = trainer.draw()
+def test_in_the_cost_phase_each_whole_sequence_is_rolled_out_several_times(trainer):
+    before, _ = trainer.draw()
     trainer.paid = True
-    batch = trainer.draw()
+    batch, cut = trainer.draw()
     assert len(batch.real) // 4 == len(before.real) // 4, "the tokens of all rollouts are counted"
-    assert torch.equal(batch.real[::4], batch.real[3::4])
-    assert not torch.equal(before.real[:-4:4], before.real[3:-1:4])
+    groups, alike = cut.view(-1, 4), (batch.real[::4] == batch.real[3::4]).all(dim=1)
+    assert (groups == groups[:, :1]).all() and cut.any() and not cut.all()
+    assert alike[~groups[:, 0]].all() and not alike[groups[:, 0]].all()
 
 
 def test_what_was_learned_is_said(trainer):

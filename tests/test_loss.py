@@ -59,27 +59,22 @@ def near(shares, wanted):
 def test_a_share_is_cut_at_one_token_of_the_prompt_but_its_last_and_the_others_jump_there():
     batch = batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 4000), 6)
     torch.manual_seed(0)
-    cuts, jumps = draw_cuts(batch, 0.8)
+    cuts, jumps = draw_cuts(batch, torch.rand(4000) < 0.8)
     assert ((cuts | (jumps > 0)).sum(dim=1) <= 1).all()
     near(cuts.float().mean(dim=0), [0.16] * 5 + [0.0] * 3)
     near((jumps > 0).float().mean(dim=0), [0.04] * 5 + [0.0] * 3)
     assert jumps.max() == JUMP and 25 < jumps[jumps > 0].float().mean() < 40
-    assert not draw_cuts(batch, 0.0)[0].any() and not draw_cuts(batch, 1.0)[1].any()
-    nowhere = draw_cuts(batch._replace(prompt=torch.ones(4000)), 0.5)
+    every = torch.ones(4000, dtype=torch.bool)
+    assert not draw_cuts(batch, ~every)[0].any() and not draw_cuts(batch, every)[1].any()
+    nowhere = draw_cuts(batch._replace(prompt=torch.ones(4000)), torch.rand(4000) < 0.5)
     assert not nowhere[0].any() and not nowhere[1].any(), "there is no place"
 
 
 def test_a_text_is_cut_at_every_token_and_never_jumps():
-    cuts, jumps = draw_cuts(batch_of(grid_of([[0, 1, 2, 3]] * 4000), 4), 0.8)
+    batch, cut = batch_of(grid_of([[0, 1, 2, 3]] * 4000), 4), torch.rand(4000) < 0.8
+    cuts, jumps = draw_cuts(batch, cut)
     assert set(cuts.sum(dim=1).tolist()) == {0, 3} and not jumps.any()
     near(cuts.float().mean(dim=0), [0.8] * 3 + [0.0])
-
-
-def test_the_rollouts_of_a_sequence_are_cut_alike_and_jump_alike():
-    batch = batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 80), 6)
-    for drawn in draw_cuts(batch, 0.5, 4):
-        assert torch.equal(drawn[::4].repeat_interleave(4, dim=0), drawn)
-        assert len(drawn.unique(dim=0)) > 3
 
 
 def test_what_follows_a_jump_stands_further_on(tiny):
@@ -476,7 +471,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
     wrong[0, 3] = wrong[1, 2] = 4
     shown, more = torch.tensor([False, False, True]), {"thoughts": thoughts, "wrong": wrong}
     batch = Batch.plain(real, length[::4], torch.full((3,), 2), length[::4])
-    batch = batch._replace(shown=shown, **more).repeat(4)
+    batch = batch._replace(shown=shown, **more).rows(torch.arange(12) // 4)
     thinking = Thinking(max_run=2, explore=explore, window=5)
     forced = torch.where(batch.shown[:, None, None], batch.thoughts, UNFORCED)
     cuts = torch.zeros_like(batch.real, dtype=torch.bool)

@@ -127,7 +127,7 @@ def test_a_batch_is_cut_to_its_longest_row_and_keeps_its_types(tmp_path):
     )
     _, rows = load(tmp_path)
     for some in (rows.draw(50, [1, 2], torch.Generator().manual_seed(0)), rows.first(5, 4)):
-        for batch in (some, some.repeat(3).to("cpu")):
+        for batch in (some, some.rows(torch.tensor([2, 2, 0])).to("cpu")):
             B, T = batch.real.shape
             assert T == batch.length.max() and batch.thoughts.shape == (B, T, 1)
             assert batch.wrong.shape == (B, T) and batch.shown.all()
@@ -136,7 +136,7 @@ def test_a_batch_is_cut_to_its_longest_row_and_keeps_its_types(tmp_path):
 
 def test_rows_and_texts_without_demonstrations_have_none(chains):
     text = Text(np.arange(50, dtype=np.uint16), 8)
-    for batch in (load(chains)[1].first(9, 2), text.first(3, 8), text.first(3, 8).repeat(2)):
+    for batch in (load(chains)[1].first(9, 2), text.first(3, 8), text.first(3, 8).rows(torch.tensor([1, 1]))):
         assert batch.thoughts.shape == (*batch.real.shape, 0)
         assert (batch.wrong == -1).all() and not batch.shown.any()
         assert [part.dtype for part in batch] == [torch.long] * 6 + [torch.bool]

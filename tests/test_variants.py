@@ -81,7 +81,7 @@ def test_without_the_echo_numbers_get_no_gradient_from_later_losses():
 
 def test_reinforce_has_rollouts_to_compare_in_the_warm_up_too(chains, tmp_path):
     trainer = reinforce.Trainer(small(chains, tmp_path, rollouts=4))
-    real = trainer.draw().real
+    real = trainer.draw()[0].real
     assert not trainer.paid and (real.view(-1, 4, real.size(1)) == real[::4, None]).all()
 
 

@@ -12,6 +12,7 @@ there must be others to compare with. Arguments are train.py's.
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,12 +30,13 @@ class NoEcho(model.Thoughts):
 
 
 class Trainer(train.Trainer):
-    def draw(self) -> train.Batch:
-        """A batch with several rollouts of each sequence, in the warm-up, too."""
+    def draw(self) -> tuple[train.Batch, Tensor]:
+        """A batch with several rollouts of each sequence, cut or not, in the warm-up, too."""
         paid, self.paid = self.paid, True
-        batch = super().draw()
-        self.paid = paid
-        return batch
+        batch, cut = super().draw()
+        self.paid, rollouts = paid, self.config.rollouts
+        own = torch.arange(len(cut), device=cut.device)
+        return batch.rows(own // rollouts * rollouts), cut
 
 
 def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, whole, thinking, config, paid):
