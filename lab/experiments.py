@@ -82,14 +82,15 @@ MAIN = {
     "plain": "train.py config/plain.toml --report=true",
 }
 ONE = "config/automata.toml"  # one configuration, all automata
-PLAIN = f"train.py {ONE} --n_bits=0 --curriculum=false"
+LESS = f"{ONE} --steps=2500"  # what never learns would take all steps
+PLAIN = f"train.py {LESS} --n_bits=0 --curriculum=false"
 MODELS = {
     "thinking": f"train.py {ONE}",
     "plain_1": PLAIN,
     "plain_2": f"{PLAIN} --n_layer=2",
     "plain_4": f"{PLAIN} --n_layer=4",
-    "pause": f"lab/variants/pause.py {ONE}",
-    "softmax": f"lab/variants/softmax.py {ONE} --n_bits=6",
+    "pause": f"lab/variants/pause.py {LESS}",
+    "softmax": f"lab/variants/softmax.py {LESS} --n_bits=6",
     "gru": f"lab/variants/gru.py {ONE} --steps=1500",
 }
 REVISE, ADDITION = "train.py config/revise.toml", "train.py config/addition.toml"
