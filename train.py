@@ -607,6 +607,12 @@ def schedule(step: int, left: float) -> float:
     return min(1, (step + 1) / RISE) * 0.5 * (1 - math.cos(math.pi * min(1, left / FALL)))
 
 
+def steps_left(step: int, steps: int, learned_at: int | None) -> int:
+    """Steps to come, at most: once all levels are learned, those of FALL."""
+    end = steps if learned_at is None else min(steps, learned_at + math.ceil(FALL * steps))
+    return end - step
+
+
 def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking:
     """As in training: by the gate once prices or demonstrations have taught it, else forced."""
     force = None if paid else config.force_think_prob
@@ -734,11 +740,7 @@ class Trainer:
 
     @property
     def left(self) -> int:
-        """Steps to come, at most: once all levels are learned, only those of FALL."""
-        left = self.config.steps - self.step
-        if self.learned_at is None:
-            return left
-        return min(left, self.learned_at + math.ceil(FALL * self.config.steps) - self.step)
+        return steps_left(self.step, self.config.steps, self.learned_at)
 
     def begin_to_charge(self) -> None:
         """The cost phase begins when all is learned, or when it evidently will not be."""
@@ -746,7 +748,7 @@ class Trainer:
         if curriculum.grows and curriculum.learned and self.learned_at is None:
             self.learned_at = self.step
         decides = c.n_bits or c.recall
-        if self.left == math.ceil(FALL * c.steps) and not curriculum.learned:
+        if self.left <= FALL * c.steps and curriculum.levels != curriculum.every:
             if RANK == 0:
                 what = f"level {curriculum.newest[0]} is not learned after {self.step} steps"
                 then = ", and thoughts cost once the warm-up is over" if decides else ""

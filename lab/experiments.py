@@ -91,7 +91,7 @@ MODELS = {
     "plain_4": f"{PLAIN} --n_layer=4",
     "pause": f"lab/variants/pause.py {LESS}",
     "softmax": f"lab/variants/softmax.py {LESS} --n_bits=6",
-    "gru": f"lab/variants/gru.py {ONE} --steps=1500",
+    "gru": f"lab/variants/gru.py {ONE}",
 }
 REVISE, ADDITION = "train.py config/revise.toml", "train.py config/addition.toml"
 BACKWARDS = f"{ADDITION} --forget=0.9 --steps=3000"

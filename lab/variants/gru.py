@@ -1,7 +1,8 @@
 """
-The yardstick: a recurrent network, torch.nn.GRU, on the same sequences, with the same curriculum.
+The yardstick: a recurrent network, torch.nn.GRU, on the same sequences, with the same curriculum
+and phases.
 
-  python lab/variants/gru.py config/automata.toml --data=FOLDER --steps=1500 --out=out/gru
+  python lab/variants/gru.py config/automata.toml --data=FOLDER --out=out/gru
 
 A GRU keeps a state of its own, in numbers of any size, and its gradient travels back through all
 of a sequence; it learns regular tasks in seconds. Writes report.json with modes.policy.accuracy.
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.dataset import Batch, load_meta, load_split, load_vocabulary
 from options import load_config, run
-from train import CLIP, Config, Curriculum
+from train import CLIP, FALL, Config, Curriculum, schedule, steps_left
 
 LR = 3e-3
 
@@ -69,8 +70,10 @@ def main(argv: list[str]) -> None:
     model = GRU(len(vocabulary.tokens), config.n_embd)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=config.weight_decay)
     curriculum = Curriculum(rows.count, config.curriculum)
-    began, learned_at = time.monotonic(), None
-    for step in range(config.steps):
+    began = time.monotonic()
+    step, learned = 0, ()  # the step and the second
+    while (left := steps_left(step, config.steps, learned[0] if learned else None)) > 0:
+        optimiser.param_groups[0]["lr"] = LR * schedule(step, left / config.steps)
         size = max(1, config.batch_tokens // rows.longest(curriculum.levels[-1]))
         batch = rows.draw(size, curriculum.levels, None, newest=curriculum.emphasised)
         loss, right = next_tokens(model, batch)
@@ -79,22 +82,25 @@ def main(argv: list[str]) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimiser.step()
         curriculum.grow(batch.level, right)
-        if curriculum.learned and learned_at is None:
-            learned_at = (step + 1, round(time.monotonic() - began, 1))
+        step += 1
+        if left <= FALL * config.steps and curriculum.levels != curriculum.every:
+            curriculum.open()
+        if curriculum.learned and not learned:
+            learned = (step, round(time.monotonic() - began, 1))
     report = {
         "task": meta["task"],
         "trained_levels": rows.levels,
         "seed": config.seed,
-        "steps": config.steps,
+        "steps": step,
         "seconds": round(time.monotonic() - began, 1),
-        "learned_at_step_and_second": learned_at,
+        "learned_at_step_and_second": learned,
         "params": sum(p.numel() for p in model.parameters()),
         "modes": {"policy": {"accuracy": accuracy(model, held, config.eval_rows)}},
     }
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"GRU, {meta['task']}: all levels learned after (step, second) {learned_at}")
+    print(f"GRU, {meta['task']}: all levels learned after (step, second) {learned}")
     shares = report["modes"]["policy"]["accuracy"].items()
     print("  ".join(f"{level}: {share:.3f}" for level, share in shares))
 
