@@ -125,6 +125,12 @@ def test_once_the_last_levels_are_mastered_only_the_cost_phase_is_left(trainer, 
     assert trainer.left == 0 and not capsys.readouterr().out
 
 
+def test_the_loop_ends_where_no_steps_are_left(chains, tmp_path):
+    trainer = Trainer(small(chains, tmp_path, steps=20))
+    trainer.learned_at = 1
+    assert train.train(trainer) and trainer.step == 1 + 4
+
+
 def test_a_run_that_is_resumed_with_more_steps_goes_on(trainer):
     for _ in range(3):
         feed(trainer.curriculum, 1.0)
