@@ -88,7 +88,7 @@ class Config:  # option(default, help, least, most)
     # optimisation
     steps: int = option(3500, "optimiser steps, at most: see FALL", 1)
     batch_tokens: int = option(1024, "real tokens a step and process, all rollouts counted", 1)
-    lr: float = option(2e-3, "peak learning rate", 0)
+    lr: float = option(1e-3, "peak learning rate", 0)
     gate_lr: float = option(5e-3, "peak learning rate of gates and observer", 0)
     weight_decay: float = option(0.01, "of matrices", 0)
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
