@@ -137,6 +137,26 @@ def test_positions_jump_only_where_thoughts_can_bridge_it(chains, tmp_path, monk
     assert seen[0] > 30 and seen[1:] == [0, 0, 0]
 
 
+def test_whole_sequences_are_those_without_a_cut(chains, tmp_path, monkeypatch):
+    trainer = Trainer(small(chains, tmp_path, forget=0.5))
+    heard, walk, add_up = {}, train.rollout, train.hybrid_loss
+
+    def listen(*what, **how):
+        heard["cuts"] = how["cuts"]
+        return walk(*what, **how)
+
+    def note(model, grid, out, batch, whole, *others):
+        heard["whole"] = whole
+        return add_up(model, grid, out, batch, whole, *others)
+
+    monkeypatch.setattr(train, "rollout", listen)
+    monkeypatch.setattr(train, "hybrid_loss", note)
+    for trainer.paid in (False, True):
+        trainer.train_step()
+        whole = ~heard["cuts"].any(dim=1)
+        assert torch.equal(heard["whole"], whole) and whole.any() and not whole.all()
+
+
 def test_each_step_of_each_seed_draws_a_batch_of_its_own(chains, tmp_path, monkeypatch):
     batches, draw = set(), Trainer.draw
 
