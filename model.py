@@ -19,7 +19,7 @@ Glossary
   d     bits of a thought; 2^d thoughts, ids V .. V+2^d-1; never part of the text
   D     n_embd; nh attention heads of size hs
   think / emit   what follows a cell: a thought, or the next real token
-  RECALL  id V+2^d, an input only: a cell that sees everything before it, despite window and cut,
+  RECALL  the last id, an input only: a cell that sees everything before it, despite window and cut,
           predicts the next token, and is seen by no other
   REVISE  an output only, one more class beside the V tokens: take the last token back
   cut     a place from which on a stream sees nothing of what came before (made by train.py)
@@ -70,15 +70,14 @@ class GPTConfig:
         """Whose outputs it watches: 0 the embedding, 1 the first block .. Raises ValueError."""
         L = self.n_layer
         layers = [min(round(L * quarter / 4), L - 1) for quarter in (1, 2, 3)]
-        if self.observer != "quarters":
-            try:
+        try:
+            if self.observer != "quarters":
                 layers = [int(layer) for layer in self.observer.split(",") if layer]
-            except ValueError:
-                message = "is neither quarters nor layers such as 1,2,3"
-                raise ValueError(f"observer = {self.observer!r} {message}") from None
-        if any(not 0 <= layer < L for layer in layers):
-            message = f"the layers below the last block are 0 to {L - 1}"
-            raise ValueError(f"observer = {self.observer!r}: {message}")
+            if not set(layers) <= set(range(L)):
+                raise ValueError
+        except ValueError:
+            message = f"is neither quarters nor layers below the last block, 0 to {L - 1}"
+            raise ValueError(f"observer = {self.observer!r} {message}") from None
         return sorted(set(layers))
 
 
@@ -282,10 +281,6 @@ class Gate(nn.Module):
         super().__init__()
         self.out, self.p = nn.Linear(width, 1), p
 
-    def reset(self) -> None:
-        nn.init.zeros_(self.out.weight)
-        nn.init.constant_(self.out.bias, math.log(self.p / (1 - self.p)))
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, width) -> (B, C)"""
         return self.out(x)[..., 0]
@@ -345,7 +340,8 @@ class GPT(nn.Module):
         if module is self.thoughts:
             nn.init.normal_(module.embedding.weight, std=0.02)
         if isinstance(module, Gate):
-            module.reset()
+            nn.init.zeros_(module.out.weight)
+            nn.init.constant_(module.out.bias, math.log(module.p / (1 - module.p)))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Ids (...) of real tokens, thoughts and RECALL -> (..., D)."""
@@ -474,13 +470,12 @@ class Thinking:
 
 def decide(logit: Tensor, force: float | None, thinking: Thinking, generator=None) -> Tensor:
     """
-    Yes or no with the probability `force` or, if None, as the logit says, greedily or not, each
-    with at least the probability `explore` -> bool, the shape of the logit.
+    Yes or no with the probability `force` or, if None, as the logit says: the likelier if greedy,
+    else each with at least the probability `explore` -> bool, the shape of the logit.
     """
-    p = logit.sigmoid() if force is None else torch.full_like(logit, force)
-    if force is None:
-        least = thinking.explore
-        p = p.round() if thinking.greedy else least + (1 - 2 * least) * p
+    p, least = logit.sigmoid(), thinking.explore
+    p = p.round() if thinking.greedy else least + (1 - 2 * least) * p
+    p = p if force is None else torch.full_like(p, force)
     return torch.rand(p.shape, generator=generator, device=p.device) < p
 
 
@@ -548,7 +543,7 @@ def generate(
     max_run, after = thinking.longest_run(config), thinking.after
     watch = watch or (lambda what, token: None)
     tokens, cache, run = [prompt[0]], None, 0
-    memory_stack = []  # (tokens, cache, logits) of each token emitted
+    memory_stack = []  # (cache, logits) of each token emitted
     watch("token", prompt[0])
     cell = prompt[0]  # the id that goes through the network next
     while True:
@@ -558,10 +553,9 @@ def generate(
 
         may_revise = config.revise and revisions and len(tokens) > len(prompt) and run == 0
         if may_revise:  # a token must be left to emit
-            may_revise = memory_stack[-1][2].isfinite().sum() > 1
+            may_revise = memory_stack[-1][1].isfinite().sum() > 1
         if may_revise and logits[V] > logits[:V].logsumexp(dim=0):
-            taken_back = tokens[-1]
-            tokens, cache, logits = memory_stack.pop()
+            taken_back, (cache, logits) = tokens.pop(), memory_stack.pop()
             logits[taken_back] = -torch.inf
             revisions -= 1
             watch("revise", taken_back)
@@ -579,7 +573,7 @@ def generate(
             logits = logits[:V].clone()
 
         if config.revise:
-            memory_stack.append((tokens.copy(), cache, logits))
+            memory_stack.append((cache, logits))
         given = len(tokens) < len(prompt)
         chosen = choose_token(logits, temperature, top_k, generator)
         cell, run = prompt[len(tokens)] if given else chosen, 0

@@ -17,7 +17,8 @@ Glossary, beside model.py's
   cut             a place right before a thought: nothing before it is visible from there on
   jump            a place after which all stands further on, as if much lay in between
   level           how hard a sequence is, e.g. how many operations it has
-  warm-up         thoughts cost nothing, and are forced unless the data demonstrate them; in the
+  warm-up         until all levels are learned, or for a share of the steps: thoughts cost
+                  nothing, and are forced unless the data demonstrate them; in the
                   cost phase that follows (`paid`) the gate is asked, and each thought has its price
   demonstration   a sequence whose thoughts the data show
   batch           real (B, T) ids, length (B,), prompt (B,) tokens before the answer, level (B,),
@@ -101,7 +102,7 @@ class Config:  # option(default, help, least, most)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
     forget: float = option(0.8, "share of the sequences that are cut; in the others, jumps", 0, 0.9)
     thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
-    rollouts: int = option(4, "of each sequence in the cost phase, compared with each other", 1)
+    rollouts: int = option(4, "of each whole sequence in the cost phase, to compare", 1)
     horizon: int = option(0, "a thought is rewarded by the loss of so many next tokens; 0: all", 0)
     explore: float = option(0.0, "least probability of a gate's yes, and of its no", 0, 0.5)
     # habits
@@ -128,30 +129,27 @@ class Grid(NamedTuple):
 
     token: Tensor  # (B, T, S) ids, which mean something where present, and in all of slot 0
     present: Tensor  # (B, T, S) bool
+    asked: Tensor  # (B, T, S) bool: whether to think on was asked here
 
     @property
     def thinks(self) -> Tensor:  # (B, T, S) a thought follows this cell
         return self.present & F.pad(self.present[:, :, 1:RECALL_SLOT], (0, 3))
 
     @property
+    def ends(self) -> Tensor:  # (B, T, S) a token or thought that no thought follows
+        return F.pad((self.present & ~self.thinks)[:, :, :RECALL_SLOT], (0, 2))
+
+    @property
     def recalls(self) -> Tensor:  # (B, T, S) RECALL follows this cell
-        recall = self.present[:, :, RECALL_SLOT, None]
-        return without_last(self.present & ~self.thinks & recall, 2)
+        return self.ends & self.present[:, :, RECALL_SLOT, None]
 
     @property
     def emits(self) -> Tensor:  # (B, T, S) this cell says the next token
-        return without_last(self.present, 1) & ~self.thinks & ~self.recalls
+        says = F.pad(self.present[:, :, :WRONG_SLOT], (0, 1))  # a wrong token says REVISE
+        return says & ~self.thinks & ~self.recalls
 
     def next_thought(self, V: int) -> Tensor:  # (B, T, S) where a cell thinks: what; else 0
         return (self.token.roll(-1, dims=2) - V) * self.thinks
-
-
-def without_last(cells: Tensor, count: int) -> Tensor:
-    """
-    (B, T, S) bool -> the same, False in the last slots of a token. count 1: in the wrong token's;
-    2: in RECALL's, too; 3: in the last thought's, too, after which no gate is asked.
-    """
-    return F.pad(cells[:, :, :-count], (0, count))
 
 
 def may_follow(real: Tensor, after: Tensor | None) -> Tensor:
@@ -159,13 +157,6 @@ def may_follow(real: Tensor, after: Tensor | None) -> Tensor:
     if after is None:
         return torch.ones_like(real, dtype=torch.bool)
     return after.to(real.device)[real]
-
-
-def may_think(grid: Grid, thinking: Thinking) -> Tensor:
-    """-> (B, T, S): the gate is asked here."""
-    asked = without_last(grid.present, 3)
-    asked[:, :, 0] &= may_follow(grid.token[:, :, 0], thinking.after)
-    return asked
 
 
 class GridOutput(NamedTuple):
@@ -181,12 +172,12 @@ class GridOutput(NamedTuple):
     last: Tensor  # (B, T, S, D)
 
 
-def empty_grid(model: GPT, real: Tensor, length: Tensor, runs: int, wrong: Tensor | None) -> Grid:
+def empty_grid(model: GPT, real: Tensor, length: Tensor, R: int, wrong: Tensor | None) -> Grid:
     """
     Nothing is thought yet. wrong (B, T): ids of wrong tokens to follow each token, -1: none. Every
-    RECALL is present: whether anyone takes it is decided at the end.
+    RECALL is present until it is decided, at the end, whether anyone takes it.
     """
-    token = real[:, :, None].repeat(1, 1, 1 + runs + 2)
+    token = real[:, :, None].repeat(1, 1, 1 + R + 2)
     present = torch.zeros_like(token, dtype=torch.bool)
     present[:, :, 0] = torch.arange(real.size(1), device=real.device) + 1 < length[:, None]
     if model.config.recall:
@@ -195,7 +186,7 @@ def empty_grid(model: GPT, real: Tensor, length: Tensor, runs: int, wrong: Tenso
     if wrong is not None:
         token[:, :, WRONG_SLOT] = wrong.clamp(min=0)
         present[:, :, WRONG_SLOT] = (wrong >= 0) & present[:, :, 0]
-    return Grid(token, present)
+    return Grid(token, present, torch.zeros_like(present))
 
 
 NO_THOUGHT, UNFORCED, THINK = -1, -2, -3  # in `forced`
@@ -228,26 +219,22 @@ def rollout(
     R, V = thinking.longest_run(config), config.vocab_size
     grid, S = empty_grid(model, real, length, R, wrong), 1 + R + 2
     token, present = grid.token.view(B, T * S), grid.present.view(B, T * S)  # the same memory
-    moved = torch.zeros_like(grid.token)
-    if jumps is not None:
-        moved = moved + jumps.cumsum(dim=1)[:, :, None]
-        moved[:, :, 0] -= jumps  # what follows the token, not the token
-    moved, target = moved.view(B, T * S), F.pad(real[:, 1:], (0, 1))  # (B, T) the next token
-    kind = torch.arange(T * S, device=device) % S  # the slot of each cell
+    target = F.pad(real[:, 1:], (0, 1))  # (B, T) the next token
     may_be_asked = grid.present[:, :, 0] & may_follow(real, thinking.after)
     beside = [S + RECALL_SLOT] * config.recall + [S + WRONG_SLOT] * (wrong is not None)
     count, cache, echo = torch.zeros_like(length)[:, None], None, None  # cells so far, (B, 1)
-    segment = count  # of all cells that wait: where one begins, nothing else does
+    segment = count  # of all cells that wait: where one begins, nothing else waits
     waiting, done, parts = [], [], []  # cells; those that are done, and what they put out
 
     def go() -> Output:
         """All waiting cells through the network."""
         nonlocal count, cache, echo
-        x, here, slot = model.embed(token[:, waiting]), present[:, waiting], kind[waiting]
+        at = torch.tensor(waiting, device=device)  # (C,) numbers of cells, t * S + slot
+        x, here, slot = model.embed(token[:, at]), present[:, at], at % S
         if echo is not None:  # of the thought that waits, which is the first
             x = torch.cat([x[:, :1] + echo[:, None], x[:, 1:]], dim=1)
         lasting = here & (slot <= R)  # others stand where the next cell will, and nobody sees them
-        position = (count + lasting.cumsum(dim=1) - lasting.long()) * here + moved[:, waiting]
+        position = (count + lasting.cumsum(dim=1) - lasting.long()) * here
         cells = Cells(position)
         if R or beside:  # else what is absent comes last, and causal attention hides it
             is_recall = (slot == S + RECALL_SLOT).expand_as(here)
@@ -256,11 +243,11 @@ def rollout(
         count, cache, echo = count + lasting.sum(dim=1, keepdim=True), out.cache, None
         if not config.recall:  # absent cells, and those beside, take columns, too
             cache = cache.last(thinking.window * (1 + R + len(beside)))
-        aim = target[:, [cell // S for cell in waiting]].masked_fill(slot == S + WRONG_SLOT, V)
+        aim = target[:, at // S].masked_fill(slot == S + WRONG_SLOT, V)
         loss = F.cross_entropy(out.logits.flatten(0, 1), aim.flatten(), reduction="none")
         right = out.logits.argmax(dim=-1) == aim
-        parts.append((loss.view_as(aim), right, *out[1:-1]))  # all but the cache, as in GridOutput
-        done.extend(waiting)
+        parts.append((loss.view_as(aim), right, *out[1:-1]))  # all but logits and cache
+        done.append(at)
         waiting.clear()
         return out
 
@@ -271,6 +258,8 @@ def rollout(
             if not asked.any():
                 break
             out = go()
+            if jumps is not None and r == 0:
+                count = count + jumps[:, t, None]
             h = out.thoughts[:, -1]
             wants = wants_to_think(out, r, thinking, generator)
             thought, echo = choose_thought(model, h, thinking, generator), model.thoughts.echo(h)
@@ -279,6 +268,7 @@ def rollout(
                 wants = torch.where(given == UNFORCED, wants, given != NO_THOUGHT)
                 thought = torch.where(given >= 0, given, thought)
                 echo = echo * (given < 0)[:, None]
+            grid.asked[:, t, r] = asked
             asked, cell = asked & wants, t * S + r + 1
             token[:, cell], present[:, cell] = V + thought, asked
             if cuts is not None and r == 0:
@@ -291,13 +281,13 @@ def rollout(
         go()
 
     def put(x: Tensor) -> Tensor:  # (B, cells done, ...) -> (B, T, S, ...)
-        empty, where = x.new_zeros(B, T * S, *x.shape[2:]), torch.tensor(done, device=device)
-        return empty.index_copy(1, where, x).unflatten(1, (T, S))
+        empty = x.new_zeros(B, T * S, *x.shape[2:])
+        return empty.index_copy(1, torch.cat(done), x).unflatten(1, (T, S))
 
     out = GridOutput(*(put(torch.cat(part, dim=1)) for part in zip(*parts)))
     if config.recall:
-        looks = decide(out.recall, thinking.force_recall, thinking, generator) & ~grid.thinks
-        grid.present[:, :, RECALL_SLOT] = (looks & without_last(grid.present, 2)).any(dim=2)
+        looks = decide(out.recall, thinking.force_recall, thinking, generator)
+        grid.present[:, :, RECALL_SLOT] = (looks & grid.ends).any(dim=2)
     return grid, out
 
 
@@ -333,7 +323,7 @@ def draw_cuts(batch: Batch, cut: Tensor, after: Tensor | None = None) -> tuple[T
 
 
 def mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean -> scalar; the weights are counts or shares; 0 where nothing has weight."""
+    """Weighted mean -> scalar; 0 where nothing has weight. The weights are counts or shares."""
     return (x * weight).sum() / weight.sum().clamp(min=1)
 
 
@@ -399,20 +389,17 @@ def value_of_thinking(cost: Tensor, grid: Grid, config: Config, rollouts: int):
     later = -return_to_go(cost, grid, 0.0, config.horizon)
     if config.horizon == 1:
         return cost - later, grid.thinks
-    groups = (-1, rollouts, cost.size(1))
-    later_cost = later[:, :, 0].view(groups)  # (B / rollouts, rollouts, T)
-    thought = grid.thinks[:, :, 0].view(groups)
-    emitted = (grid.present[:, :, 0] & ~grid.thinks[:, :, 0]).view(groups)
+    shape = (-1, rollouts)  # (B / rollouts, rollouts, T): only slot 0 is compared
+    later, thought = (x[:, :, 0].unflatten(0, shape) for x in (later, grid.thinks))
+    emitted = grid.present[:, :, 0].unflatten(0, shape) & ~thought
 
     def average(which: Tensor) -> Tensor:
-        count = which.sum(1, keepdim=True).clamp(min=1)
-        return (later_cost * which).sum(1, keepdim=True) / count
+        return (later * which).sum(1, keepdim=True) / which.sum(1, keepdim=True).clamp(min=1)
 
-    worth = torch.where(thought, average(emitted) - later_cost, later_cost - average(thought))
+    worth = torch.where(thought, average(emitted) - later, later - average(thought))
     known = (thought | emitted) & thought.any(1, keepdim=True) & emitted.any(1, keepdim=True)
-    first = cost[:, :, :1]  # only slot 0 is compared
     beside = (0, cost.size(2) - 1)
-    return F.pad(worth.view_as(first), beside), F.pad(known.view_as(first), beside)
+    return tuple(F.pad(x.flatten(0, 1)[:, :, None], beside) for x in (worth, known))
 
 
 def observer_loss(readings: Tensor, targets: list[Tensor], known: list[Tensor]) -> Tensor:
@@ -421,15 +408,13 @@ def observer_loss(readings: Tensor, targets: list[Tensor], known: list[Tensor]) 
     return sum(mean(error, where) for error, where in zip(errors, known))
 
 
-def demonstration_loss(
-    model: GPT, out: GridOutput, grid: Grid, batch: Batch, asked: Tensor
-) -> Tensor:
+def demonstration_loss(model: GPT, out: GridOutput, grid: Grid, batch: Batch) -> Tensor:
     """-log p of what to think, and of when, where thoughts are demonstrated -> scalar, nats."""
     shown = batch.shown[:, None, None]
     number = grid.next_thought(model.config.vocab_size)
     what = model.thoughts.log_probability(out.thoughts, number)
     when = log_choice(out.taught_gate, grid.thinks, 0.0)
-    return -mean(what, grid.thinks & shown) - mean(when, asked & shown)
+    return -mean(what, grid.thinks & shown) - mean(when, grid.asked & shown)
 
 
 def wrong_tokens(batch: Batch, share: float, V: int) -> Tensor:
@@ -449,14 +434,12 @@ def answers_right(out: GridOutput, grid: Grid, counted: Tensor) -> Tensor:
     return (out.right | ~(grid.emits & counted)).flatten(1).all(dim=1)
 
 
-def hybrid_loss(
-    model, grid, out: GridOutput, batch, whole: Tensor, thinking, config, paid: bool
-) -> dict:
+def hybrid_loss(model, grid, out: GridOutput, batch, whole: Tensor, config, paid: bool) -> dict:
     """
     Cross-entropy of real tokens, REINFORCE for the gates, and what REVISE, the observer and
     demonstrations add -> {name: term}; the loss is their sum. whole (B,): sequences without a cut.
-    Gates and observer learn from these only: after a cut, later losses do not show what a thought
-    is worth where all is in view.
+    Gates and observer learn from these only: only of these there are several rollouts, and after a
+    cut later losses do not show what a thought is worth where all is in view.
     """
     counted, shown, terms = counted_tokens(batch), batch.shown[:, None, None], {}
     whole = whole[:, None, None]
@@ -468,22 +451,21 @@ def hybrid_loss(
     cost = out.loss.detach() * counted
     price = config.think_cost * paid
     returns = return_to_go(cost, grid, price, config.horizon)
-    asked = may_think(grid, thinking)
     if paid:
         advantage = returns - baseline(returns, cost, config.rollouts)
         if model.config.n_bits:
-            here = asked & whole & ~shown
+            here = grid.asked & whole & ~shown
             terms["gate"] = gate_loss(out.gate, grid.thinks, here, advantage, config.explore)
         if config.recall:
-            last = without_last(grid.recalls | grid.emits, 2) & whole
-            terms["recall"] = gate_loss(out.recall, grid.recalls, last, advantage, config.explore)
+            here = grid.ends & whole
+            terms["recall"] = gate_loss(out.recall, grid.recalls, here, advantage, config.explore)
     if out.readings.size(-1):
         present = (grid.emits | grid.thinks | grid.recalls) & whole
         worth, known = value_of_thinking(cost, grid, config, config.rollouts if paid else 1)
         targets = [out.loss, worth, -returns]
         terms["observer"] = observer_loss(out.readings, targets, [present, known & whole, present])
     if batch.thoughts.size(2) and model.config.n_bits:
-        terms["demonstrations"] = demonstration_loss(model, out, grid, batch, asked)
+        terms["demonstrations"] = demonstration_loss(model, out, grid, batch)
     return terms
 
 
@@ -548,28 +530,26 @@ class Curriculum:
         """count: {level: sequences}, shortest first. Without `grows` all are in use at once."""
         self.every, self.grows = list(count), grows
         self.stages = pools(count) if grows else [len(count)]  # levels in use at each stage
-        self.stage = 0
+        self.stage = int(not grows)  # as many stages are mastered
         self.right = 0.0  # moving average: share of the newest that is right
-        self.learned = not grows  # the last stage is mastered
+
+    @property
+    def learned(self) -> bool:
+        return self.stage == len(self.stages)
 
     @property
     def levels(self) -> list[int]:
         """Levels in use."""
-        return self.every[: self.stages[self.stage]]
-
-    @property
-    def newest(self) -> list[int]:
-        """Levels that came into use together, last."""
-        return self.levels[self.stages[self.stage - 1] if self.stage else 0 :]
+        return self.every[: [*self.stages, len(self.every)][self.stage]]
 
     @property
     def mastered(self) -> list[int]:
-        return self.levels if self.learned else self.levels[: -len(self.newest)]
+        return self.every[: [0, *self.stages][self.stage]]
 
     @property
-    def emphasised(self) -> int:
-        """How many levels, the last, half of each batch is drawn from; 0: all are drawn alike."""
-        return 0 if self.learned else len(self.newest)
+    def newest(self) -> list[int]:
+        """Levels in use that are not mastered; half of each batch is drawn from them."""
+        return self.levels[len(self.mastered) :]
 
     def open(self) -> None:
         """Take in all levels that are left, together with the newest, which are not mastered."""
@@ -578,37 +558,36 @@ class Curriculum:
 
     def grow(self, level: Tensor, right: Tensor) -> None:
         """level (B,); right (B,) bool: answered right."""
+        if self.learned:
+            return
         counted = level >= self.newest[0]
         hits, count = total(torch.stack([(right & counted).sum(), counted.sum()])).tolist()
         if count:
             self.right += RATE * (hits / count - self.right)
         if self.right > MASTERED:
-            if self.stage < len(self.stages) - 1:
-                self.stage, self.right = self.stage + 1, 0.5
-            else:
-                self.learned = True
+            self.stage, self.right = self.stage + 1, 0.5
 
 
 # ----------------------------------------------------------------------------------------------
 # the loop
 
 RISE = 100  # steps, the first, in which the learning rate rises
-FALL = 0.2  # of the steps, the last, in which it falls: they begin when all levels are learned
+FALL = 0.2  # of the steps, the last, in which it falls: sooner, if all levels are learned sooner
 CLIP = 1.0  # largest norm of the gradient
 LOG_EVERY = 50
 PROGRESS = ("step", "learned_at", "seconds", "paid")  # of a Trainer, kept in a checkpoint
 
 
-def schedule(step: int, left: float) -> float:
+def schedule(step: int, rest: float) -> float:
     """
-    Share of the peak learning rates: a linear rise, and at last, where a share `left` of all steps
-    is left, half a cosine down to 0.
+    Share of the peak learning rates, `rest` the share of all steps that is to come: a linear rise,
+    then 1, and at last half a cosine down to 0.
     """
-    return min(1, (step + 1) / RISE) * 0.5 * (1 - math.cos(math.pi * min(1, left / FALL)))
+    return min(1, (step + 1) / RISE) * 0.5 * (1 - math.cos(math.pi * min(1, rest / FALL)))
 
 
 def steps_left(step: int, steps: int, learned_at: int | None) -> int:
-    """Steps to come, at most: once all levels are learned, those of FALL."""
+    """Steps to come: at most all; once all levels are learned only those of FALL."""
     end = steps if learned_at is None else min(steps, learned_at + math.ceil(FALL * steps))
     return end - step
 
@@ -660,15 +639,14 @@ class Trainer:
         self.model = first_model(config, self.vocabulary).to(self.device)
         self.network = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimisers = self.model.optimisers(config.lr, config.gate_lr, config.weight_decay)
-        named = list(self.model.named_parameters())
-        watching = [p for n, p in named if ".observer." in n]
-        others = [p for n, p in named if ".observer." not in n]
-        self.clipped = [others, watching]  # apart: the size of one must not shrink the other
+        self.clipped = [], []  # all else, and the observer: one must not shrink the other
+        for name, p in self.model.named_parameters():
+            self.clipped[".observer." in name].append(p)
         has_answers = self.vocabulary.row_end >= 0  # a text has no answers to master
         self.curriculum = Curriculum(self.rows.count, config.curriculum and has_answers)
         self.ways = {paid: how_to_think(config, self.vocabulary, paid) for paid in (False, True)}
         self.step, self.seconds, self.paid = 0, 0.0, False
-        self.learned_at = None  # the step after which the curriculum was done
+        self.learned_at = None  # how many steps the curriculum took, once it is done
 
     @property
     def thinking(self) -> Thinking:
@@ -682,7 +660,7 @@ class Trainer:
         c, levels, device = self.config, self.curriculum.levels, self.device
         rollouts = c.rollouts if self.paid else 1
         groups = max(1, c.batch_tokens // self.rows.longest(levels[-1]) // rollouts)
-        batch = self.rows.draw(groups * rollouts, levels, None, self.curriculum.emphasised)
+        batch = self.rows.draw(groups * rollouts, levels, None, len(self.curriculum.newest))
         share = c.forget if c.n_bits else 0.0
         cut = (torch.rand(groups, device=device) < share).repeat_interleave(rollouts)
         own = torch.arange(groups * rollouts, device=device)
@@ -695,9 +673,8 @@ class Trainer:
         batch, cut = self.draw()
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
         cuts, jumps = draw_cuts(batch, cut, thinking.after)
-        # a window would hide what is before a jump, learned positions have no room for it, and what
-        # a plain GPT is looking for often stands at a fixed distance
-        jumps *= c.n_bits > 0 and not c.window and self.model.position is None
+        # a window would hide what is before a jump, learned positions have no room for it
+        jumps *= not c.window and self.model.position is None
         # what is cut teaches thoughts, what is whole teaches the gate
         own = torch.where(cut & self.paid, THINK, UNFORCED)[:, None, None]
         forced = F.pad(batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=NO_THOUGHT)
@@ -707,7 +684,7 @@ class Trainer:
         with torch.autocast(self.device, torch.bfloat16, enabled=use_bf16):
             how = {"forced": forced, "cuts": cuts, "jumps": jumps, "wrong": wrong}
             grid, out = rollout(self.network, batch.real, batch.length, thinking, **how)
-            terms = hybrid_loss(self.model, grid, out, batch, ~cut, thinking, c, self.paid)
+            terms = hybrid_loss(self.model, grid, out, batch, ~cut, c, self.paid)
         self.update(sum(terms.values()))
         right = answers_right(out, grid, counted_tokens(batch))
         self.curriculum.grow(batch.level, right)
@@ -719,7 +696,7 @@ class Trainer:
         log |= {"thoughts_per_token": int(grid.thinks.sum()) / tokens}
         log |= {"recalls_per_token": int(grid.recalls.sum()) / tokens}
         self.step += 1
-        self.begin_to_charge()
+        self.next_phase()
         return log
 
     def update(self, loss: Tensor) -> None:
@@ -742,20 +719,22 @@ class Trainer:
     def left(self) -> int:
         return steps_left(self.step, self.config.steps, self.learned_at)
 
-    def begin_to_charge(self) -> None:
-        """The cost phase begins when all is learned, or when it evidently will not be."""
+    def next_phase(self) -> None:
+        """
+        After each step. The fall of the learning rate begins when all levels are learned, or when
+        they evidently will not be: then those left come into use all the same. Thoughts cost from
+        then on; or sooner, or never, as `warm_up` says.
+        """
         c, curriculum = self.config, self.curriculum
         if curriculum.grows and curriculum.learned and self.learned_at is None:
             self.learned_at = self.step
-        decides = c.n_bits or c.recall
         if self.left <= FALL * c.steps and curriculum.levels != curriculum.every:
             if RANK == 0:
                 what = f"level {curriculum.newest[0]} is not learned after {self.step} steps"
-                then = ", and thoughts cost once the warm-up is over" if decides else ""
-                print(f"{what}: all levels are in use{then}", flush=True)
+                print(f"{what}: all levels are in use", flush=True)
             curriculum.open()
-        if self.left < (1 - c.warm_up) * c.steps:
-            self.paid = bool(decides)
+        if (c.n_bits or c.recall) and self.left < (1 - c.warm_up) * c.steps:  # warm_up 1: never
+            self.paid = True
 
     def validate(self) -> dict:
         """{level: share of answers right, or nats a token where there is none}, greedy."""
@@ -798,41 +777,39 @@ class Trainer:
         vars(self.curriculum).update(state["curriculum"])
 
 
-def progress_line(log: dict, rate: float, left: float) -> str:
+def progress_line(log: dict, rate: float, seconds: float) -> str:
     phase = "costs" if log["paid"] else "warm-up"
     return (
         f"step {log['step']:5d}  {phase:7s}  level {log['level']:2d}  loss {log['loss']:.3f}  "
         f"right {log['right']:.2f}  thoughts/token {log['thoughts_per_token']:.2f}  "
-        f"{rate:,.0f} tokens/s  at most {left:.0f} s left"
+        f"{rate:,.0f} tokens/s  at most {seconds:.0f} s left"
     )
 
 
 def train(trainer: Trainer) -> bool:
     """The loop -> False if Ctrl-C ended it early."""
     config, out = trainer.config, Path(trainer.config.out)
-    began, mark, tokens, since = time.monotonic() - trainer.seconds, time.monotonic(), 0, 0
+    began, busy, tokens, since = time.monotonic() - trainer.seconds, 0.0, 0, 0
     file = os.devnull if RANK else out / "metrics.jsonl"
     with open(file, "a", buffering=1) as metrics, interruptible() as interrupted:
         last = stopped = False
         while not (last or stopped):
-            log = trainer.train_step()
+            mark, log = time.monotonic(), trainer.train_step()
+            busy, since = busy + time.monotonic() - mark, since + 1
+            tokens += log.pop("tokens")
             trainer.seconds = time.monotonic() - began
-            tokens, since = tokens + log.pop("tokens"), since + 1
             last, stopped = trainer.left <= 0, interrupted()
             checks = trainer.step % config.eval_every == 0 or last
             logs = trainer.step % LOG_EVERY == 0 or last
             if RANK:
                 continue
             if logs:
-                spent = time.monotonic() - mark
-                left = spent / since * trainer.left
-                print(progress_line(log, tokens / spent, left), flush=True)
+                print(progress_line(log, tokens / busy, busy / since * trainer.left), flush=True)
+                busy, tokens, since = 0.0, 0, 0
             if checks:
                 log["validation"] = trainer.validate()
                 values = "  ".join(f"{k}: {a:.3f}" for k, a in log["validation"].items())
                 print(f"  validation by level: {values}", flush=True)
-            if logs:
-                mark, since, tokens = time.monotonic(), 0, 0
             if checks or logs:
                 metrics.write(json.dumps(log | {"seconds": round(trainer.seconds, 2)}) + "\n")
             if checks or stopped:

@@ -191,7 +191,7 @@ def values(subject: Subject, split, rows: int) -> dict:
     for level in split.levels:
         batch = split.first(rows, level)
         grid, found = look(subject, batch)
-        asked = train.may_think(grid, subject.thinking)[:, :, :-3].flatten(1)  # (B, T * R)
+        asked = grid.asked[:, :, :-3].flatten(1)  # (B, T * R)
         cell = (torch.rand(asked.shape, generator=generator) * asked).argmax(dim=1)  # (B,)
         part = {"known": intervene(subject, batch, found["own"], cell)}
         for sign in ("value_of_thinking", "predicted_loss", "gate", *RIVALS):

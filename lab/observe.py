@@ -32,7 +32,7 @@ from data.dataset import DataError, Vocabulary
 from model import GPT, READINGS, Cells, Output, Thinking, generate
 from options import load_config, option, run
 from runs import load_model, pick_device
-from train import Grid, as_trained, may_think, rollout, trained_config
+from train import Grid, as_trained, rollout, trained_config
 
 TOP = 3  # tokens shown of each layer
 LONGEST = 1000  # real tokens of a text that are read
@@ -156,7 +156,7 @@ def trace(model: GPT, grid: Grid, given: int, thinking: Thinking, vocabulary: Vo
     output, sight = look(model, ids, cells, thinking.window)
     loss = rounded(F.cross_entropy(output.logits[0], target[0], reduction="none"))
     slope, gate = rounded(sight.slope[0]), rounded(output.gate[0].sigmoid())
-    asked, thinks = (at_cells(x)[0].tolist() for x in (may_think(grid, thinking), grid.thinks))
+    asked, thinks = (at_cells(x)[0].tolist() for x in (grid.asked, grid.thinks))
     place = there.nonzero()[:, 1].tolist()  # (C,) tokens before the cell's own
     texts = shown(ids[0].tolist() + target[0, -1:].tolist(), vocabulary, recall)
     found = []

@@ -33,7 +33,7 @@ from lab.report import by_chance, joint_counts, mutual_information
 from model import GPT, Thinking
 from options import load_config, option, run
 from runs import load_model, pick_device
-from train import UNFORCED, as_trained, may_think, rollout
+from train import UNFORCED, as_trained, rollout
 
 BEHIND = 16  # tokens behind the cut
 PART = 100  # windows that go through together
@@ -159,7 +159,7 @@ def where_and_what(thinker, text: Text, vocabulary: Vocabulary, size: int) -> di
         real = real.to(generator.device)
         length = torch.full_like(real[:, 0], real.size(1))
         grid, _ = rollout(model, real, length, thinking, generator)
-        asked = may_think(grid, thinking)[:, :, 0].cpu()
+        asked = grid.asked[:, :, 0].cpu()
         parts = (grid.thinks[:, :, 0].cpu(), grid.token[:, :, 1].cpu(), at)
         found.append(torch.stack([part[asked].long() for part in parts]))
     thinks, thought, index = torch.cat(found, dim=1)

@@ -62,7 +62,8 @@ def grid_of(streams, runs=2):
             t, slot = (t + 1, 0) if i < V else (t, runs + 1 if i == RECALL else slot + 1)
             token[b, t, slot], present[b, t, slot] = i, True
         present[b, t, 0] = False
-    return Grid(token, present)
+    asked = present & (torch.arange(runs + 3) < runs)  # as if a thought might follow every token
+    return Grid(token, present, asked)
 
 
 def streams_of(grid):

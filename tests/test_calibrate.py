@@ -14,7 +14,7 @@ from data.dataset import Batch
 from lab import calibrate
 from lab.calibrate import Subject, auroc, blinded, intervene, look, ranks, spearman
 from model import Thinking
-from train import may_think, rollout
+from train import rollout
 
 
 def test_ranks_share_ties():
@@ -84,7 +84,7 @@ def test_the_value_of_a_thought_is_that_of_two_rollouts_that_differ_in_it(subjec
     subject.trained.horizon = horizon
     model, thinking = subject.model, subject.thinking
     grid, found = look(subject, batch)
-    asked = may_think(grid, thinking)[:, :, :-3].flatten(1)
+    asked = grid.asked[:, :, :-3].flatten(1)
     cell = (torch.rand(asked.shape, generator=seeded(0)) * asked).argmax(dim=1)
     values = intervene(subject, batch, found["own"], cell)
     assert (cell % 2).unique().tolist() == [0, 1], "within runs, too"

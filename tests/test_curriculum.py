@@ -63,11 +63,11 @@ def test_half_of_a_batch_is_of_the_newest_levels_as_long_as_they_are_not_learned
         share = level.bincount(minlength=5)[1:] / 20_000
         torch.testing.assert_close(share, torch.tensor(shares), atol=0.02, rtol=0)
     curriculum = Curriculum({1: POOL, 2: POOL // 2, 3: POOL // 2})
-    assert curriculum.emphasised == 1
+    assert len(curriculum.newest) == 1
     feed(curriculum, 1.0)
-    assert curriculum.emphasised == 2
+    assert len(curriculum.newest) == 2
     feed(curriculum, 1.0)
-    assert curriculum.learned and curriculum.emphasised == 0
+    assert curriculum.learned and len(curriculum.newest) == 0
 
 
 def test_all_levels_can_be_taken_in_at_once():
@@ -80,7 +80,7 @@ def test_all_levels_can_be_taken_in_at_once():
     curriculum.open()
     assert vars(curriculum) == before, "there is nothing left"
     at_once = Curriculum({1: 9, 2: 9}, grows=False)
-    assert at_once.levels == at_once.mastered == [1, 2] and at_once.emphasised == 0
+    assert at_once.levels == at_once.mastered == [1, 2] and at_once.newest == []
 
 
 def test_a_curriculum_goes_on_from_its_state():
@@ -109,7 +109,7 @@ def trainer(chains, tmp_path, monkeypatch):
 def walk(trainer, first, end):
     """Decide after each step from the first -> the one after which thoughts cost, or None."""
     for trainer.step in range(first, end):
-        trainer.begin_to_charge()
+        trainer.next_phase()
         if trainer.paid:
             return trainer.step
 
@@ -162,10 +162,11 @@ def test_at_the_last_call_all_levels_come_into_use_and_thoughts_cost(trainer, ca
     assert walk(trainer, 80, 100) == 81 and trainer.curriculum.levels == [1, 2, 3]
     assert trainer.curriculum.mastered == [1]
     assert "level 2 is not learned after 80 steps" in capsys.readouterr().out
-    for _ in range(3):
-        feed(trainer.curriculum, 1.0)
-    trainer.begin_to_charge()
-    assert trainer.left == 100 - 81, "what is mastered later than that does not make a run longer"
+    feed(trainer.curriculum, 1.0)
+    trainer.next_phase()
+    assert trainer.curriculum.learned and trainer.left == 100 - 81, (
+        "what is mastered later than that does not make a run longer"
+    )
 
 
 def test_a_step_draws_what_the_curriculum_says_and_tells_it_what_was_right(trainer, monkeypatch):

@@ -6,7 +6,7 @@ from conftest import RECALL, K, V, alone, grid_of, replay, seeded, segments, str
 
 import train
 from model import Thinking, decide
-from train import UNFORCED, may_think, rollout
+from train import NO_THOUGHT, UNFORCED, rollout
 
 # ----------------------------------------------------------------------------------------------
 # what a grid says
@@ -31,11 +31,14 @@ def test_a_cell_thinks_or_recalls_or_emits_and_a_wrong_token_does_none_of_these(
     assert by_token(grid.emits) == [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0] * 5]
 
 
-def test_the_gate_is_asked_except_behind_a_run_that_is_over_or_a_token_that_forbids_it(grid):
-    everywhere, asked = Thinking(max_run=2), [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
-    assert by_token(may_think(grid, everywhere))[:3] == asked
-    not_after_2 = Thinking(max_run=2, after=torch.tensor([True, True, False, True, True]))
-    assert by_token(may_think(grid, not_after_2))[2] == [0, 1, 0, 0, 0]
+def test_the_gate_is_asked_except_behind_a_run_that_is_over_or_a_token_that_forbids_it(tiny):
+    after = torch.tensor([True, True, False, True, True])
+    forced = torch.tensor([[[1, 2], [NO_THOUGHT, 3], [1, 2], [1, 2]]])  # after 0, 1, 2, 3
+    how = torch.tensor([[0, 1, 2, 3]]), torch.tensor([4]), Thinking(max_run=2, after=after)
+    grid, _ = rollout(tiny(), *how, forced=forced)
+    asked = [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0] * 5, [0] * 5]
+    assert by_token(grid.asked) == asked, "and after the last token nothing is"
+    assert by_token(grid.thinks) == [[1, 1, 0, 0, 0], [0] * 5, [0] * 5, [0] * 5]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -77,6 +77,12 @@ def test_a_text_is_cut_at_every_token_and_never_jumps():
     near(cuts.float().mean(dim=0), [0.8] * 3 + [0.0])
 
 
+def test_a_plain_gpt_stays_where_it_is(tiny):
+    how = tiny(n_bits=0), torch.tensor([[0, 1, 2, 3]]), torch.tensor([4]), Thinking()
+    there = rollout(*how, jumps=torch.tensor([[0, 9, 0, 0]]))[1].loss
+    assert torch.equal(there, rollout(*how)[1].loss)
+
+
 def test_what_follows_a_jump_stands_further_on(tiny):
     model, grid = tiny().double(), grid_of([[0, 5, 1, 6, 7, 2, 3]])
     found = replay(model, grid, jumps=torch.tensor([[0, 9, 0, 0]])).gate[grid.present]
@@ -214,9 +220,9 @@ def test_the_policy_gradient_is_that_of_the_expected_cost(tiny, monkeypatch, com
     monkeypatch.setattr("conftest.V", 3)
     model = tiny(1, vocab_size=3, n_bits=1, n_layer=1, n_embd=8).double()
     after, price, objective, found = torch.tensor([True, False, True]), 0.3, 0.0, []
-    thinking = Thinking(max_run=2, after=after)
     for grid in every_rollout(model, [0, 1, 2, 0], after):
-        out, asked = replay(model, grid), train.may_think(grid, thinking)
+        out, asked = replay(model, grid), grid.asked.clone()
+        asked[:, :, 0] &= after[grid.token[:, :, 0]]
         yes = explore + (1 - 2 * explore) * out.gate.sigmoid()
         p = torch.where(grid.thinks, yes, 1 - yes)[asked].prod()
         number = (grid.token.roll(-1, dims=2) - 3) * grid.thinks
@@ -366,12 +372,11 @@ def test_demonstrated_thoughts_are_learned_by_heart_and_so_is_when_to_think(tiny
     h, gate = torch.randn(2, 3, 5, D_BITS), torch.randn(2, 3, 5)
     out = GridOutput(None, None, h, None, gate, None, None, None)
     batch = batch_of(grid, 2, shown=torch.tensor([True, False]))
-    asked = train.may_think(grid, Thinking(max_run=1))
-    asked[:, :, 1] = False
+    grid.asked[:, :, 1] = False
     soft = h[0, 0, 0].tanh()
     what = log_phi(soft[0]) + log_phi(-soft[1])  # 6 is thought 1: its first bit is set
     when = F.logsigmoid(gate[0, 0, 0]) + F.logsigmoid(-gate[0, 1, 0])
-    found = demonstration_loss(tiny(), out, grid, batch, asked)
+    found = demonstration_loss(tiny(), out, grid, batch)
     torch.testing.assert_close(found, -what - when / 2)
 
 
@@ -399,7 +404,7 @@ WHOLE = torch.ones(8, dtype=torch.bool)  # nothing is cut
 def test_a_plain_model_pays_cross_entropy_and_nothing_else(tiny):
     model, real = tiny(n_bits=0), torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     grid, out = rollout(model, real, torch.tensor([4, 4]), Thinking())
-    how = batch_of(grid, 1), WHOLE[:2], Thinking(), Config(n_bits=0), False
+    how = batch_of(grid, 1), WHOLE[:2], Config(n_bits=0), False
     terms = hybrid_loss(model, grid, out, *how)
     logits = model(real[:, :-1]).logits
     wanted = F.cross_entropy(logits.flatten(0, 1), real[:, 1:].flatten())
@@ -488,7 +493,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
     segment = segments(grid, cuts)
     whole = segment.flatten(1).amax(dim=1) == 0
     assert 4 <= (~whole).sum() + 4 < 8 and (~whole).any(), "some of the second's rollouts are cut"
-    found = hybrid_loss(model, grid, out, batch, whole, thinking, config, True)
+    found = hybrid_loss(model, grid, out, batch, whole, config, True)
 
     def log_p(one, t, slot):
         """Of the thought that follows."""
@@ -559,7 +564,7 @@ def test_in_the_warm_up_thoughts_are_free_and_the_gate_is_left_alone(tiny):
     for price in (0.0, 5.0):
         config = Config(n_bits=D_BITS, observer="0,1", think_cost=price)
         for paid in (False, True):
-            how = batch_of(grid, 4), WHOLE, Thinking(), config, paid
+            how = batch_of(grid, 4), WHOLE, config, paid
             terms = hybrid_loss(model, grid, out, *how)
             losses[price, paid] = {name: term.item() for name, term in terms.items()}
     assert losses[0.0, False] == losses[5.0, False] and "gate" not in losses[5.0, False]

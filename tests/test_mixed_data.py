@@ -136,7 +136,11 @@ def test_a_batch_is_cut_to_its_longest_row_and_keeps_its_types(tmp_path):
 
 def test_rows_and_texts_without_demonstrations_have_none(chains):
     text = Text(np.arange(50, dtype=np.uint16), 8)
-    for batch in (load(chains)[1].first(9, 2), text.first(3, 8), text.first(3, 8).rows(torch.tensor([1, 1]))):
+    for batch in (
+        load(chains)[1].first(9, 2),
+        text.first(3, 8),
+        text.first(3, 8).rows(torch.tensor([1, 1])),
+    ):
         assert batch.thoughts.shape == (*batch.real.shape, 0)
         assert (batch.wrong == -1).all() and not batch.shown.any()
         assert [part.dtype for part in batch] == [torch.long] * 6 + [torch.bool]

@@ -90,7 +90,7 @@ def runs(chains, tmp_path_factory):
     for name, n_bits in (("plain", 0), ("thinking", 16)):
         folders[name] = tmp_path_factory.mktemp(name)
         trainer = train.Trainer(small(chains, folders[name], n_bits=n_bits))
-        trainer.begin_to_charge()
+        trainer.next_phase()
         save_checkpoint(folders[name] / "checkpoint.pt", trainer.state())
     return folders
 

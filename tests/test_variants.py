@@ -61,7 +61,7 @@ def test_reinforce_rewards_a_thought_by_what_comes_behind_it_and_nothing_else(ti
     grid = grid_of([[1, 5, 2, 3, 4], [1, 8, 2, 3, 4]], runs=1)  # the thoughts 0 and 3
     batch, gpt = batch_of(grid, 3), tiny(0)
     monkeypatch.setattr(reinforce, "usual_loss", lambda *_: {})
-    how = grid, replay(gpt, grid), batch, None, None, train.Config(rollouts=2), False
+    how = grid, replay(gpt, grid), batch, None, train.Config(rollouts=2), False
     terms = reinforce.hybrid_loss(gpt, *how)
     cost = []
     for thought in (5, 8):  # of the answer, 4

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
     while (left := steps_left(step, config.steps, learned[0] if learned else None)) > 0:
         optimiser.param_groups[0]["lr"] = LR * schedule(step, left / config.steps)
         size = max(1, config.batch_tokens // rows.longest(curriculum.levels[-1]))
-        batch = rows.draw(size, curriculum.levels, None, newest=curriculum.emphasised)
+        batch = rows.draw(size, curriculum.levels, None, newest=len(curriculum.newest))
         loss, right = next_tokens(model, batch)
         optimiser.zero_grad()
         loss.backward()

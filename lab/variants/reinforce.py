@@ -39,9 +39,9 @@ class Trainer(train.Trainer):
         return batch.rows(own // rollouts * rollouts), cut
 
 
-def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, whole, thinking, config, paid):
+def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, whole, config, paid):
     """As train.hybrid_loss, and one more term: minus the mean of advantage times log p(thought)."""
-    terms = usual_loss(gpt, grid, out, batch, whole, thinking, config, paid)
+    terms = usual_loss(gpt, grid, out, batch, whole, config, paid)
     cost = out.loss.detach() * train.counted_tokens(batch)
     returns = train.return_to_go(cost, grid, 0.0, config.horizon)
     advantage = returns - train.baseline(returns, cost, config.rollouts)
