@@ -313,7 +313,7 @@ def draw_cuts(batch: Batch, cut: Tensor, after: Tensor | None = None) -> tuple[T
     places &= may_follow(batch.real, after)
     one = torch.rand(B, T, device=device).masked_fill(~places, -1).argmax(dim=1)
     one = F.one_hot(one, T).bool() & places
-    is_text, cut = (batch.prompt == batch.length)[:, None], cut[:, None]
+    is_text, cut = batch.is_text[:, None], cut[:, None]
     far = torch.randint(JUMP + 1, (B, 1), device=device)
     return torch.where(is_text, places, one) & cut, (one & ~cut & ~is_text) * far
 
@@ -330,7 +330,7 @@ def mean(x: Tensor, weight: Tensor) -> Tensor:
 def counted_tokens(batch: Batch) -> Tensor:
     """-> (B, T, 1): the token after this one is the answer's; in a text, all are."""
     t = torch.arange(batch.real.size(1), device=batch.real.device)
-    return ((t + 1 >= batch.prompt[:, None]) | (batch.prompt == batch.length)[:, None])[:, :, None]
+    return ((t + 1 >= batch.prompt[:, None]) | batch.is_text[:, None])[:, :, None]
 
 
 def token_loss(loss: Tensor, grid: Grid, counted: Tensor, thinking_weight: float) -> Tensor:
@@ -743,8 +743,8 @@ class Trainer:
         for level in self.val_rows.levels:
             batch = self.val_rows.first(self.config.eval_rows, level).to(self.device)
             _, right, loss = evaluate(self.model, batch, thinking, generator)
-            is_text = bool((batch.prompt == batch.length).all())
-            value = loss.sum() / (batch.length - 1).sum() if is_text else right.float().mean()
+            nats = loss.sum() / (batch.length - 1).sum()
+            value = nats if batch.is_text.all() else right.float().mean()
             result[level] = round(value.item(), 4)
         return result
 

@@ -143,6 +143,10 @@ class Batch(NamedTuple):
     def to(self, device) -> "Batch":
         return Batch(*(part.to(device) for part in self))
 
+    @property
+    def is_text(self) -> Tensor:  # (B,) bool: all prompt, there is no answer
+        return self.prompt == self.length
+
     def rows(self, index: Tensor) -> "Batch":
         """The rows of these numbers, in their order, some more than once."""
         return Batch(*(part[index] for part in self))
