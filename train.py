@@ -504,6 +504,7 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
 POOL = 64  # sequences, at least, that come into use together
 MASTERED = 0.9  # share of the newest that is right in training, cut or not, when the next come
 RATE = 0.2  # of the moving average of that share
+FALL = 0.2  # of the steps, the last: they begin when all is learned, or evidently will not be
 
 
 def pools(count: dict[int, int]) -> list[int]:
@@ -532,6 +533,7 @@ class Curriculum:
         self.stages = pools(count) if grows else [len(count)]  # levels in use at each stage
         self.stage = int(not grows)  # as many stages are mastered
         self.right = 0.0  # moving average: share of the newest that is right
+        self.learned_at = None  # how many steps it took, once it is done
 
     @property
     def learned(self) -> bool:
@@ -567,15 +569,29 @@ class Curriculum:
         if self.right > MASTERED:
             self.stage, self.right = self.stage + 1, 0.5
 
+    def steps_left(self, step: int, steps: int) -> int:
+        """Of a run's `steps`, at most: once all levels are learned, only those of FALL."""
+        if self.learned_at is None:
+            return steps - step
+        return min(steps, self.learned_at + math.ceil(FALL * steps)) - step
+
+    def move_on(self, step: int, steps: int) -> bool:
+        """After each step -> True if the levels that are left come into use unlearned, for FALL."""
+        if self.grows and self.learned and self.learned_at is None:
+            self.learned_at = step
+        late = self.steps_left(step, steps) <= FALL * steps and self.levels != self.every
+        if late:
+            self.open()
+        return late
+
 
 # ----------------------------------------------------------------------------------------------
 # the loop
 
-RISE = 100  # steps, the first, in which the learning rate rises
-FALL = 0.2  # of the steps, the last, in which it falls: sooner, if all levels are learned sooner
+RISE = 100  # steps, the first, in which the learning rate rises; in those of FALL it falls
 CLIP = 1.0  # largest norm of the gradient
 LOG_EVERY = 50
-PROGRESS = ("step", "learned_at", "seconds", "paid")  # of a Trainer, kept in a checkpoint
+PROGRESS = ("step", "seconds", "paid")  # of a Trainer, kept in a checkpoint
 
 
 def schedule(step: int, rest: float) -> float:
@@ -584,12 +600,6 @@ def schedule(step: int, rest: float) -> float:
     then 1, and at last half a cosine down to 0.
     """
     return min(1, (step + 1) / RISE) * 0.5 * (1 - math.cos(math.pi * min(1, rest / FALL)))
-
-
-def steps_left(step: int, steps: int, learned_at: int | None) -> int:
-    """Steps to come: at most all; once all levels are learned only those of FALL."""
-    end = steps if learned_at is None else min(steps, learned_at + math.ceil(FALL * steps))
-    return end - step
 
 
 def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking:
@@ -646,7 +656,6 @@ class Trainer:
         self.curriculum = Curriculum(self.rows.count, config.curriculum and has_answers)
         self.ways = {paid: how_to_think(config, self.vocabulary, paid) for paid in (False, True)}
         self.step, self.seconds, self.paid = 0, 0.0, False
-        self.learned_at = None  # how many steps the curriculum took, once it is done
 
     @property
     def thinking(self) -> Thinking:
@@ -717,7 +726,7 @@ class Trainer:
 
     @property
     def left(self) -> int:
-        return steps_left(self.step, self.config.steps, self.learned_at)
+        return self.curriculum.steps_left(self.step, self.config.steps)
 
     def next_phase(self) -> None:
         """
@@ -725,14 +734,10 @@ class Trainer:
         they evidently will not be: then those left come into use all the same. Thoughts cost from
         then on; or sooner, or never, as `warm_up` says.
         """
-        c, curriculum = self.config, self.curriculum
-        if curriculum.grows and curriculum.learned and self.learned_at is None:
-            self.learned_at = self.step
-        if self.left <= FALL * c.steps and curriculum.levels != curriculum.every:
-            if RANK == 0:
-                what = f"level {curriculum.newest[0]} is not learned after {self.step} steps"
-                print(f"{what}: all levels are in use", flush=True)
-            curriculum.open()
+        c = self.config
+        if self.curriculum.move_on(self.step, c.steps) and RANK == 0:
+            what = f"level {self.curriculum.newest[0]} is not learned after {self.step} steps"
+            print(f"{what}: all levels are in use", flush=True)
         if (c.n_bits or c.recall) and self.left < (1 - c.warm_up) * c.steps:  # warm_up 1: never
             self.paid = True
 

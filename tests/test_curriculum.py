@@ -127,7 +127,7 @@ def test_once_the_last_levels_are_mastered_only_the_cost_phase_is_left(trainer, 
 
 def test_the_loop_ends_where_no_steps_are_left(chains, tmp_path):
     trainer = Trainer(small(chains, tmp_path, steps=20))
-    trainer.learned_at = 1
+    trainer.curriculum.learned_at = 1
     assert train.train(trainer) and trainer.step == 1 + 4
 
 

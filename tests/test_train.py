@@ -567,6 +567,9 @@ def test_a_model_comes_back_from_its_folder_and_thinks_as_it_was_trained(finishe
     assert same(model.state_dict(), state["model"])
     thinking = train.as_trained(state, vocabulary)
     assert thinking == Thinking(greedy=True), "by the gate"
+    state["progress"]["paid"] = False
+    unpaid = train.as_trained(state, vocabulary)
+    assert unpaid == Thinking(force=1.0, force_recall=1.0, greedy=True)
     state["progress"]["paid"] = True
     assert train.as_trained(state, vocabulary) == Thinking(greedy=True), "by the gate"
     state["config"]["patience"] = 3

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.dataset import Batch, load_meta, load_split, load_vocabulary
 from options import load_config, run
-from train import CLIP, FALL, Config, Curriculum, schedule, steps_left
+from train import CLIP, Config, Curriculum, schedule
 
 LR = 3e-3
 
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     curriculum = Curriculum(rows.count, config.curriculum)
     began = time.monotonic()
     step, learned = 0, ()  # the step and the second
-    while (left := steps_left(step, config.steps, learned[0] if learned else None)) > 0:
+    while (left := curriculum.steps_left(step, config.steps)) > 0:
         optimiser.param_groups[0]["lr"] = LR * schedule(step, left / config.steps)
         size = max(1, config.batch_tokens // rows.longest(curriculum.levels[-1]))
         batch = rows.draw(size, curriculum.levels, None, newest=len(curriculum.newest))
@@ -83,9 +83,8 @@ def main(argv: list[str]) -> None:
         optimiser.step()
         curriculum.grow(batch.level, right)
         step += 1
-        if left <= FALL * config.steps and curriculum.levels != curriculum.every:
-            curriculum.open()
-        if curriculum.learned and not learned:
+        curriculum.move_on(step, config.steps)
+        if curriculum.learned_at == step:
             learned = (step, round(time.monotonic() - began, 1))
     report = {
         "task": meta["task"],
