@@ -102,7 +102,7 @@ class Config:  # option(default, help, least, most)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
     forget: float = option(0.8, "share of the sequences that are cut; in the others, jumps", 0, 0.9)
     thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
-    rollouts: int = option(4, "of each whole sequence in the cost phase, to compare", 1)
+    rollouts: int = option(4, "of a sequence in which the gate decides, to compare", 1)
     horizon: int = option(0, "a thought is rewarded by the loss of so many next tokens; 0: all", 0)
     explore: float = option(0.0, "least probability of a gate's yes, and of its no", 0, 0.5)
     # habits
@@ -211,7 +211,7 @@ def rollout(
     flows through all of it: from a loss through each thought in between to what made it think so.
     forced: (B, T, R) thoughts to think there, or NO_THOUGHT, or THINK: one of its own, or UNFORCED:
     as `thinking` says; None: UNFORCED everywhere.
-    cuts: (B, T) bool, a thought that follows this token begins a new segment.
+    cuts: (B, T) bool, what follows this token begins a new segment: a thought, if there is one.
     jumps: (B, T) positions by which all that follows this token is moved ahead.
     wrong: see empty_grid.
     """
@@ -272,7 +272,7 @@ def rollout(
             asked, cell = asked & wants, t * S + r + 1
             token[:, cell], present[:, cell] = V + thought, asked
             if cuts is not None and r == 0:
-                segment = segment + (cuts[:, t] & asked)[:, None]
+                segment = segment + cuts[:, t, None]
             waiting.append(cell)
         waiting += [t * S + slot for slot in beside]
         if len(waiting) >= CHUNK:
@@ -298,24 +298,26 @@ def rollout(
 JUMP = 64  # positions, at most
 
 
-def draw_cuts(batch: Batch, cut: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def draw_cuts(batch: Batch, share: float, often: Tensor, after: Tensor | None = None):
     """
     Where to forget, and where to jump -> (B, T) bool, (B, T) positions, for `rollout`.
-    A sequence that is to be `cut` (B,) is cut at a random token of the prompt (not its last; one
-    that a thought may follow): from that thought on, nothing earlier is visible, so the thought
-    must carry what is needed later. In full view it need not, for the prompt can be looked up
-    again. The others jump there, by up to JUMP positions, to practise longer distances than the
-    data have. A text, which is all prompt, is cut at every token and jumps nowhere. after (V,):
-    see Thinking.
+    A share of the sequences is cut, at a random token of the prompt (not its last; one that a
+    thought may follow, or a demonstrated one does), or `often` (B,), at about half of these: from
+    there on nothing earlier is visible, so the thought there must carry what is needed later. In
+    full view it need not, for the prompt can be looked up again. The others jump at such a place,
+    by up to JUMP positions, to practise longer distances than the data have; a text, which is all
+    prompt, jumps nowhere. after (V,): see Thinking.
     """
     (B, T), device = batch.real.shape, batch.real.device
     places = torch.arange(T, device=device) + 1 < batch.prompt[:, None]  # (B, T)
     places &= may_follow(batch.real, after)
-    one = torch.rand(B, T, device=device).masked_fill(~places, -1).argmax(dim=1)
-    one = F.one_hot(one, T).bool() & places
-    is_text, cut = batch.is_text[:, None], cut[:, None]
+    places &= ~batch.shown[:, None] | (batch.thoughts >= 0).any(dim=2)
+    chance = torch.rand(B, T, device=device).masked_fill(~places, -1)
+    one = F.one_hot(chance.argmax(dim=1), T).bool() & places
+    cut = torch.rand(B, 1, device=device) < share
     far = torch.randint(JUMP + 1, (B, 1), device=device)
-    return torch.where(is_text, places, one) & cut, (one & ~cut & ~is_text) * far
+    cuts = torch.where(often[:, None], chance > 0.5, one) & cut
+    return cuts, (one & ~cut & ~batch.is_text[:, None]) * far
 
 
 # ----------------------------------------------------------------------------------------------
@@ -434,15 +436,14 @@ def answers_right(out: GridOutput, grid: Grid, counted: Tensor) -> Tensor:
     return (out.right | ~(grid.emits & counted)).flatten(1).all(dim=1)
 
 
-def hybrid_loss(model, grid, out: GridOutput, batch, whole: Tensor, config, paid: bool) -> dict:
+def hybrid_loss(model, grid, out: GridOutput, batch, free: Tensor, config, paid: bool) -> dict:
     """
     Cross-entropy of real tokens, REINFORCE for the gates, and what REVISE, the observer and
-    demonstrations add -> {name: term}; the loss is their sum. whole (B,): sequences without a cut.
-    Gates and observer learn from these only: only of these there are several rollouts, and after a
-    cut later losses do not show what a thought is worth where all is in view.
+    demonstrations add -> {name: term}; the loss is their sum. free (B,): sequences in which the
+    gates decide; from these only they and the observer learn.
     """
     counted, shown, terms = counted_tokens(batch), batch.shown[:, None, None], {}
-    whole = whole[:, None, None]
+    free = free[:, None, None]
     terms["tokens"] = token_loss(out.loss, grid, counted, config.thinking_weight)
     if config.revise:
         wrong = grid.present[:, :, WRONG_SLOT]  # each weighs about as much as a token does
@@ -454,16 +455,16 @@ def hybrid_loss(model, grid, out: GridOutput, batch, whole: Tensor, config, paid
     if paid:
         advantage = returns - baseline(returns, cost, config.rollouts)
         if model.config.n_bits:
-            here = grid.asked & whole & ~shown
+            here = grid.asked & free & ~shown
             terms["gate"] = gate_loss(out.gate, grid.thinks, here, advantage, config.explore)
         if config.recall:
-            here = grid.ends & whole
+            here = grid.ends & free
             terms["recall"] = gate_loss(out.recall, grid.recalls, here, advantage, config.explore)
     if out.readings.size(-1):
-        present = (grid.emits | grid.thinks | grid.recalls) & whole
+        present = (grid.emits | grid.thinks | grid.recalls) & free
         worth, known = value_of_thinking(cost, grid, config, config.rollouts if paid else 1)
         targets = [out.loss, worth, -returns]
-        terms["observer"] = observer_loss(out.readings, targets, [present, known & whole, present])
+        terms["observer"] = observer_loss(out.readings, targets, [present, known & free, present])
     if batch.thoughts.size(2) and model.config.n_bits:
         terms["demonstrations"] = demonstration_loss(model, out, grid, batch)
     return terms
@@ -661,39 +662,45 @@ class Trainer:
     def thinking(self) -> Thinking:
         return self.ways[self.paid]
 
-    def draw(self) -> tuple[Batch, Tensor]:
+    def draw(self) -> tuple[Batch, Tensor, Tensor, Tensor]:
         """
-        A batch of the levels in use -> batch; (B,) bool: sequences to cut. What is not cut teaches
-        the gate in the cost phase: of each such sequence there are several, one after another.
+        A batch of the levels in use -> batch; cuts and jumps, see `rollout`; (B,) bool: sequences
+        in which the gate decides. In the cost phase one in `rollouts` sequences is such, and
+        stands there so many times, one after another; the others think always.
         """
         c, levels, device = self.config, self.curriculum.levels, self.device
         rollouts = c.rollouts if self.paid else 1
         groups = max(1, c.batch_tokens // self.rows.longest(levels[-1]) // rollouts)
         batch = self.rows.draw(groups * rollouts, levels, None, len(self.curriculum.newest))
-        share = c.forget if c.n_bits else 0.0
-        cut = (torch.rand(groups, device=device) < share).repeat_interleave(rollouts)
+        free = (torch.rand(groups, device=device) * rollouts < 1).repeat_interleave(rollouts)
         own = torch.arange(groups * rollouts, device=device)
-        return batch.to(device).rows(torch.where(cut, own, own // rollouts * rollouts)), cut
+        own = torch.where(free, own // rollouts * rollouts, own)
+        batch = batch.to(device)
+        # Cut once, a long sequence hardly ever needs a thought at one place; the gate must learn
+        # that all of them are needed where the view is short.
+        cuts, jumps = draw_cuts(batch, c.forget, free & self.paid, self.thinking.after)
+        # a window would hide what is before a jump, learned positions have no room for it
+        jumps *= not c.window and self.model.position is None
+        return batch.rows(own), cuts[own], jumps[own], free
 
     def train_step(self) -> dict:
         c = self.config
         # every step's chance follows from its number: a resumed run draws what a whole one would
         torch.manual_seed(hash((c.seed, self.step, RANK)))
-        batch, cut = self.draw()
+        batch, cuts, jumps, free = self.draw()
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
-        cuts, jumps = draw_cuts(batch, cut, thinking.after)
-        # a window would hide what is before a jump, learned positions have no room for it
-        jumps *= not c.window and self.model.position is None
-        # what is cut teaches thoughts, what is whole teaches the gate
-        own = torch.where(cut & self.paid, THINK, UNFORCED)[:, None, None]
-        forced = F.pad(batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=NO_THOUGHT)
-        forced = torch.where(batch.shown[:, None, None], forced, own)
+        # in the warm-up nobody decides: what is cut needs a thought there
+        forced = torch.where(~free[:, None] | cuts & (not self.paid), THINK, UNFORCED)[:, :, None]
+        demonstrated = F.pad(
+            batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=NO_THOUGHT
+        )
+        forced = torch.where(batch.shown[:, None, None], demonstrated, forced)
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
         use_bf16 = self.device == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(self.device, torch.bfloat16, enabled=use_bf16):
             how = {"forced": forced, "cuts": cuts, "jumps": jumps, "wrong": wrong}
             grid, out = rollout(self.network, batch.real, batch.length, thinking, **how)
-            terms = hybrid_loss(self.model, grid, out, batch, ~cut, c, self.paid)
+            terms = hybrid_loss(self.model, grid, out, batch, free, c, self.paid)
         self.update(sum(terms.values()))
         right = answers_right(out, grid, counted_tokens(batch))
         self.curriculum.grow(batch.level, right)

@@ -92,9 +92,9 @@ def replay(model, grid, window=0, **how):
 
 
 def segments(grid, cuts):
-    """(B, T) bool, where a sequence is cut if it thinks there -> (B, T, S)."""
+    """(B, T) bool, tokens behind which a sequence is cut -> (B, T, S)."""
     begins = torch.zeros_like(grid.token)
-    begins[:, :, 1] = cuts & grid.thinks[:, :, 0]
+    begins[:, :, 1] = cuts & (begins.size(2) > 3)  # a model without thoughts is never cut
     return begins.flatten(1).cumsum(dim=1).view_as(begins)
 
 

@@ -193,14 +193,19 @@ def test_a_step_draws_what_the_curriculum_says_and_tells_it_what_was_right(train
     assert torch.equal(heard[0][1], right) and 0 < right.sum() < len(right)
 
 
-def test_in_the_cost_phase_each_whole_sequence_is_rolled_out_several_times(trainer):
-    before, _ = trainer.draw()
+def test_where_the_gate_decides_a_sequence_has_several_rollouts_all_cut_at_the_same_place(trainer):
+    before, cuts, _, free = trainer.draw()
+    assert free.all() and cuts.sum(dim=1).max() == 1 and len(before.real.unique(dim=0)) > 10, (
+        "in the warm-up all are different"
+    )
     trainer.paid = True
-    batch, cut = trainer.draw()
+    batch, cuts, jumps, free = trainer.draw()
     assert len(batch.real) // 4 == len(before.real) // 4, "the tokens of all rollouts are counted"
-    groups, alike = cut.view(-1, 4), (batch.real[::4] == batch.real[3::4]).all(dim=1)
-    assert (groups == groups[:, :1]).all() and cut.any() and not cut.all()
-    assert alike[~groups[:, 0]].all() and not alike[groups[:, 0]].all()
+    alike = torch.cat([batch.real, cuts, jumps], dim=1).unflatten(0, (-1, 4))
+    alike = (alike == alike[:, :1]).flatten(1).all(dim=1)
+    assert torch.equal(alike, free[::4]) and torch.equal(free, free[::4].repeat_interleave(4))
+    assert free.any() and not free.all() and cuts[~free].sum(dim=1).max() == 1
+    assert cuts[free].sum(dim=1).max() > 1, "there each thought is likely to be needed"
 
 
 def test_what_was_learned_is_said(trainer):

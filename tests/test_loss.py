@@ -52,6 +52,9 @@ ALL = torch.ones(1, 1, 1, dtype=torch.bool)
 # forgetting
 
 
+ONCE = torch.zeros(4000, dtype=torch.bool)  # no sequence is cut often
+
+
 def near(shares, wanted):
     torch.testing.assert_close(shares, torch.tensor(wanted), atol=0.03, rtol=0)
 
@@ -59,22 +62,39 @@ def near(shares, wanted):
 def test_a_share_is_cut_at_one_token_of_the_prompt_but_its_last_and_the_others_jump_there():
     batch = batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 4000), 6)
     torch.manual_seed(0)
-    cuts, jumps = draw_cuts(batch, torch.rand(4000) < 0.8)
+    cuts, jumps = draw_cuts(batch, 0.8, ONCE)
     assert ((cuts | (jumps > 0)).sum(dim=1) <= 1).all()
     near(cuts.float().mean(dim=0), [0.16] * 5 + [0.0] * 3)
     near((jumps > 0).float().mean(dim=0), [0.04] * 5 + [0.0] * 3)
     assert jumps.max() == JUMP and 25 < jumps[jumps > 0].float().mean() < 40
-    every = torch.ones(4000, dtype=torch.bool)
-    assert not draw_cuts(batch, ~every)[0].any() and not draw_cuts(batch, every)[1].any()
-    nowhere = draw_cuts(batch._replace(prompt=torch.ones(4000)), torch.rand(4000) < 0.5)
-    assert not nowhere[0].any() and not nowhere[1].any(), "there is no place"
+    assert not draw_cuts(batch, 0.0, ONCE)[0].any() and not draw_cuts(batch, 1.0, ONCE)[1].any()
+    for often in (ONCE, ~ONCE):
+        nowhere = draw_cuts(batch._replace(prompt=torch.ones(4000)), 0.5, often)
+        assert not nowhere[0].any() and not nowhere[1].any(), "there is no place"
 
 
-def test_a_text_is_cut_at_every_token_and_never_jumps():
-    batch, cut = batch_of(grid_of([[0, 1, 2, 3]] * 4000), 4), torch.rand(4000) < 0.8
-    cuts, jumps = draw_cuts(batch, cut)
-    assert set(cuts.sum(dim=1).tolist()) == {0, 3} and not jumps.any()
-    near(cuts.float().mean(dim=0), [0.8] * 3 + [0.0])
+def test_what_is_cut_often_is_cut_at_every_second_place():
+    batch = batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 4000), 6)
+    after = torch.tensor([True, True, False, True, True])
+    cuts, jumps = draw_cuts(batch, 0.8, ~ONCE, after)
+    near(cuts.float().mean(dim=0), [0.4, 0.4, 0.0, 0.4, 0.4] + [0.0] * 3)
+    assert ((jumps > 0).sum(dim=1) <= 1).all() and not cuts[(jumps > 0).any(dim=1)].any()
+
+
+def test_a_text_is_cut_anywhere_and_never_jumps():
+    cuts, jumps = draw_cuts(batch_of(grid_of([[0, 1, 2, 3]] * 4000), 4), 0.6, ONCE)
+    near(cuts.float().mean(dim=0), [0.2] * 3 + [0.0])
+    assert not jumps.any()
+
+
+def test_a_demonstration_is_cut_only_where_it_shows_a_thought():
+    batch = batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 4000), 6)
+    thoughts = torch.full((4000, 8, 1), -1)
+    thoughts[:, 1] = thoughts[:, 3] = 2
+    shown = torch.arange(4000) < 2000
+    cuts, _ = draw_cuts(batch._replace(thoughts=thoughts, shown=shown), 1.0, ONCE)
+    near(cuts[shown].float().mean(dim=0), [0, 0.5, 0, 0.5, 0, 0, 0, 0])
+    near(cuts[~shown].float().mean(dim=0), [0.2] * 5 + [0.0] * 3)
 
 
 def test_a_plain_gpt_stays_where_it_is(tiny):
@@ -398,13 +418,13 @@ def test_wrong_tokens_are_tried_in_the_place_of_those_of_an_answer():
 # the whole
 
 
-WHOLE = torch.ones(8, dtype=torch.bool)  # nothing is cut
+FREE = torch.ones(8, dtype=torch.bool)  # everywhere the gate decides
 
 
 def test_a_plain_model_pays_cross_entropy_and_nothing_else(tiny):
     model, real = tiny(n_bits=0), torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     grid, out = rollout(model, real, torch.tensor([4, 4]), Thinking())
-    how = batch_of(grid, 1), WHOLE[:2], Config(n_bits=0), False
+    how = batch_of(grid, 1), FREE[:2], Config(n_bits=0), False
     terms = hybrid_loss(model, grid, out, *how)
     logits = model(real[:, :-1]).logits
     wanted = F.cross_entropy(logits.flatten(0, 1), real[:, 1:].flatten())
@@ -491,9 +511,8 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
         revise=1e-12 if sizes else 0.0, horizon=horizon,
     )  # fmt: skip
     segment = segments(grid, cuts)
-    whole = segment.flatten(1).amax(dim=1) == 0
-    assert 4 <= (~whole).sum() + 4 < 8 and (~whole).any(), "some of the second's rollouts are cut"
-    found = hybrid_loss(model, grid, out, batch, whole, config, True)
+    free = torch.arange(12) != 3  # it is told when to think
+    found = hybrid_loss(model, grid, out, batch, free, config, True)
 
     def log_p(one, t, slot):
         """Of the thought that follows."""
@@ -510,10 +529,10 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
         for t, slot in one.emitting():
             advantage = sum(o[t, 0] for o in group) / 3 - to_go[b][t, slot]
             did = one.does(t, slot)
-            if slot < 2 and not batch.shown[b] and whole[b]:
+            if slot < 2 and not batch.shown[b] and free[b]:
                 p = explore + (1 - 2 * explore) * one.cells[t, slot].gate.sigmoid()
                 gate.append(-advantage * (p if did == "think" else 1 - p).log())
-            if slot < 3 and did != "think" and whole[b]:
+            if slot < 3 and did != "think" and free[b]:
                 p = explore + (1 - 2 * explore) * one.cells[t, slot].recall.sigmoid()
                 recall.append(-advantage * (p if did == "recall" else 1 - p).log())
     wanted["gate"] = sum(gate) / len(gate)
@@ -536,7 +555,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
         for b, one in enumerate(full):
             rest = one.to_go(0.0, horizon)
             group = [full[o] for o in range(b - b % 4, b - b % 4 + 4)]
-            for t, slot in one.emitting() if whole[b] else []:
+            for t, slot in one.emitting() if free[b] else []:
                 predicted, worth, cost_to_go = one.cells[t, slot].readings
                 errors["predicted"].append((predicted - one.loss(t, slot).detach()) ** 2)
                 errors["to go"].append((cost_to_go - to_go[b][t, slot]) ** 2)
@@ -564,7 +583,7 @@ def test_in_the_warm_up_thoughts_are_free_and_the_gate_is_left_alone(tiny):
     for price in (0.0, 5.0):
         config = Config(n_bits=D_BITS, observer="0,1", think_cost=price)
         for paid in (False, True):
-            how = batch_of(grid, 4), WHOLE, config, paid
+            how = batch_of(grid, 4), FREE, config, paid
             terms = hybrid_loss(model, grid, out, *how)
             losses[price, paid] = {name: term.item() for name, term in terms.items()}
     assert losses[0.0, False] == losses[5.0, False] and "gate" not in losses[5.0, False]

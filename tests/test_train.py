@@ -93,7 +93,7 @@ def test_gradients_are_clipped_and_the_observers_apart_from_the_others(chains, t
 
 
 def test_the_gate_explores_in_training_and_only_there(chains, tmp_path):
-    trainer = Trainer(small(chains, tmp_path, explore=0.3, forget=0.0, batch_tokens=2000))
+    trainer = Trainer(small(chains, tmp_path, explore=0.3, rollouts=1))
     trainer.paid = True
     with torch.no_grad():
         trainer.model.gate.out.bias.fill_(-100.0)
@@ -102,22 +102,31 @@ def test_the_gate_explores_in_training_and_only_there(chains, tmp_path):
     assert not grid.thinks.any()
 
 
-def test_what_is_cut_always_thinks_and_the_gate_decides_in_the_rest(chains, tmp_path, monkeypatch):
-    trainer, seen = Trainer(small(chains, tmp_path, forget=0.5, batch_tokens=2000)), []
+def test_thoughts_are_forced_but_where_the_gate_decides(chains, tmp_path, monkeypatch):
+    how = {"forget": 0.5, "force_think_prob": 0.0, "batch_tokens": 2000}
+    trainer, seen, train_loss = Trainer(small(chains, tmp_path, **how)), {}, train.hybrid_loss
 
-    def walk(model, real, length, thinking, cuts, jumps, **how):
-        seen.append((rollout(model, real, length, thinking, cuts=cuts, jumps=jumps, **how), cuts))
-        return seen[-1][0]
+    def walk(*what, cuts, **how):
+        seen["cuts"], (seen["grid"], out) = cuts, rollout(*what, cuts=cuts, **how)
+        return seen["grid"], out
+
+    def add_up(model, grid, out, batch, free, *others):
+        seen["free"] = free
+        return train_loss(model, grid, out, batch, free, *others)
 
     monkeypatch.setattr(train, "rollout", walk)
+    monkeypatch.setattr(train, "hybrid_loss", add_up)
+    trainer.train_step()
+    grid, cuts = seen["grid"], seen["cuts"]
+    assert torch.equal(grid.thinks[:, :, 0], cuts), "in the warm-up at a cut, else as is asked for"
+    assert 10 < cuts.sum() < len(cuts) - 10
     trainer.paid = True
     with torch.no_grad():
         trainer.model.gate.out.bias.fill_(-100.0)
     trainer.train_step()
-    (grid, _), cuts = seen[0]
-    thinks, is_cut = grid.thinks[:, :, 0], cuts.any(dim=1)
-    assert 10 < is_cut.sum() < len(is_cut) - 10 and not thinks[~is_cut].any()
-    assert torch.equal(thinks[is_cut], grid.present[is_cut][:, :, 0])
+    grid, free = seen["grid"], seen["free"]
+    assert 10 < free.sum() < len(free) - 10 and not grid.thinks[free].any()
+    assert torch.equal(grid.thinks[~free][:, :, 0], grid.present[~free][:, :, 0])
 
 
 def test_positions_jump_only_where_thoughts_can_bridge_it(chains, tmp_path, monkeypatch):
@@ -137,33 +146,13 @@ def test_positions_jump_only_where_thoughts_can_bridge_it(chains, tmp_path, monk
     assert seen[0] > 30 and seen[1:] == [0, 0]
 
 
-def test_whole_sequences_are_those_without_a_cut(chains, tmp_path, monkeypatch):
-    trainer = Trainer(small(chains, tmp_path, forget=0.5))
-    heard, walk, add_up = {}, train.rollout, train.hybrid_loss
-
-    def listen(*what, **how):
-        heard["cuts"] = how["cuts"]
-        return walk(*what, **how)
-
-    def note(model, grid, out, batch, whole, *others):
-        heard["whole"] = whole
-        return add_up(model, grid, out, batch, whole, *others)
-
-    monkeypatch.setattr(train, "rollout", listen)
-    monkeypatch.setattr(train, "hybrid_loss", note)
-    for trainer.paid in (False, True):
-        trainer.train_step()
-        whole = ~heard["cuts"].any(dim=1)
-        assert torch.equal(heard["whole"], whole) and whole.any() and not whole.all()
-
-
 def test_each_step_of_each_seed_draws_a_batch_of_its_own(chains, tmp_path, monkeypatch):
     batches, draw = set(), Trainer.draw
 
     def note(trainer):
-        batch, cut = draw(trainer)
+        batch, *more = draw(trainer)
         batches.add(str(batch.real.tolist()))
-        return batch, cut
+        return batch, *more
 
     monkeypatch.setattr(Trainer, "draw", note)
     for seed in (1, 2):

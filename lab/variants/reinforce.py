@@ -30,18 +30,18 @@ class NoEcho(model.Thoughts):
 
 
 class Trainer(train.Trainer):
-    def draw(self) -> tuple[train.Batch, Tensor]:
-        """A batch with several rollouts of each sequence, cut or not, in the warm-up, too."""
+    def draw(self) -> tuple:
+        """A batch with several rollouts of each sequence, in the warm-up, too."""
         paid, self.paid = self.paid, True
-        batch, cut = super().draw()
+        batch, cuts, jumps, free = super().draw()
         self.paid, rollouts = paid, self.config.rollouts
-        own = torch.arange(len(cut), device=cut.device)
-        return batch.rows(own // rollouts * rollouts), cut
+        own = torch.arange(len(free), device=free.device) // rollouts * rollouts
+        return batch.rows(own), cuts[own], jumps[own], free
 
 
-def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, whole, config, paid):
+def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, free, config, paid):
     """As train.hybrid_loss, and one more term: minus the mean of advantage times log p(thought)."""
-    terms = usual_loss(gpt, grid, out, batch, whole, config, paid)
+    terms = usual_loss(gpt, grid, out, batch, free, config, paid)
     cost = out.loss.detach() * train.counted_tokens(batch)
     returns = train.return_to_go(cost, grid, 0.0, config.horizon)
     advantage = returns - train.baseline(returns, cost, config.rollouts)
