@@ -302,11 +302,12 @@ def draw_cuts(batch: Batch, share: float, often: Tensor, after: Tensor | None = 
     """
     Where to forget, and where to jump -> (B, T) bool, (B, T) positions, for `rollout`.
     A share of the sequences is cut, at a random token of the prompt (not its last; one that a
-    thought may follow, or a demonstrated one does), or `often` (B,), at about half of these: from
-    there on nothing earlier is visible, so the thought there must carry what is needed later. In
-    full view it need not, for the prompt can be looked up again. The others jump at such a place,
-    by up to JUMP positions, to practise longer distances than the data have; a text, which is all
-    prompt, jumps nowhere. after (V,): see Thinking.
+    thought may follow, or a demonstrated one does); if `often` (B,), or if it is a text, at each
+    of these with a probability drawn for the sequence. From there on nothing earlier is visible, so
+    the thought there must carry what is needed later. In full view it need not, for the prompt can
+    be looked up again. The others jump at such a place, by up to JUMP positions, to practise longer
+    distances than the data have; a text, which is all prompt, jumps nowhere. after (V,): see
+    Thinking.
     """
     (B, T), device = batch.real.shape, batch.real.device
     places = torch.arange(T, device=device) + 1 < batch.prompt[:, None]  # (B, T)
@@ -316,8 +317,9 @@ def draw_cuts(batch: Batch, share: float, often: Tensor, after: Tensor | None = 
     one = F.one_hot(chance.argmax(dim=1), T).bool() & places
     cut = torch.rand(B, 1, device=device) < share
     far = torch.randint(JUMP + 1, (B, 1), device=device)
-    cuts = torch.where(often[:, None], chance > 0.5, one) & cut
-    return cuts, (one & ~cut & ~batch.is_text[:, None]) * far
+    is_text = batch.is_text[:, None]
+    cuts = torch.where(often[:, None] | is_text, chance > torch.rand(B, 1, device=device), one)
+    return cuts & cut, (one & ~cut & ~is_text) * far
 
 
 # ----------------------------------------------------------------------------------------------
