@@ -298,28 +298,36 @@ def rollout(
 JUMP = 64  # positions, at most
 
 
-def draw_cuts(batch: Batch, share: float, often: Tensor, after: Tensor | None = None):
+def draw_plan(batch: Batch, thinking: Thinking, share: float, decides: Tensor) -> dict:
     """
-    Where to forget, and where to jump -> (B, T) bool, (B, T) positions, for `rollout`.
-    A share of the sequences is cut, at a random token of the prompt (not its last; one that a
-    thought may follow, or a demonstrated one does); if `often` (B,), or if it is a text, at each
-    of these with a probability drawn for the sequence. From there on nothing earlier is visible, so
-    the thought there must carry what is needed later. In full view it need not, for the prompt can
-    be looked up again. The others jump at such a place, by up to JUMP positions, to practise longer
-    distances than the data have; a text, which is all prompt, jumps nowhere. after (V,): see
-    Thinking.
+    Where to think, to forget and to jump -> {"forced", "cuts", "jumps"}, for `rollout`.
+    Think: where a thought is demonstrated; else where the gate `decides` (B,) or, if it does not,
+    behind a token with the probability thinking.force (None: 1).
+    Forget: a share of the sequences is cut at one of these tokens (of the prompt, but not its
+    last). Nothing earlier is visible from there on, so the thought there must carry what is needed
+    later; in full view it need not, for the prompt can be looked up again. A text, and a sequence
+    in which the gate decides, is cut at each of these tokens, with a probability of its own: cut
+    once, a long sequence would hardly ever need the thought at one place.
+    Jump: in the others, at one of these tokens, by up to JUMP positions, to practise longer
+    distances than the data have. A text, which is all prompt, does not jump.
     """
-    (B, T), device = batch.real.shape, batch.real.device
-    places = torch.arange(T, device=device) + 1 < batch.prompt[:, None]  # (B, T)
-    places &= may_follow(batch.real, after)
-    places &= ~batch.shown[:, None] | (batch.thoughts >= 0).any(dim=2)
-    chance = torch.rand(B, T, device=device).masked_fill(~places, -1)
+    (B, T), device, R = batch.real.shape, batch.real.device, thinking.max_run
+    chance = torch.rand(B, T, device=device)
+    force = 1.0 if thinking.force is None else thinking.force
+    thinks = may_follow(batch.real, thinking.after) & (chance >= 1 - force)
+    thinks = torch.where(batch.shown[:, None], (batch.thoughts >= 0).any(dim=2), thinks)
+    forced = torch.where(thinks, THINK, NO_THOUGHT).masked_fill(decides[:, None], UNFORCED)
+    demonstrated = F.pad(batch.thoughts, (0, R - batch.thoughts.size(2)), value=NO_THOUGHT)
+    forced = torch.where(batch.shown[:, None, None], demonstrated, forced[:, :, None])
+
+    places = thinks & (torch.arange(T, device=device) + 1 < batch.prompt[:, None])
+    chance = chance.masked_fill(~places, -1)
     one = F.one_hot(chance.argmax(dim=1), T).bool() & places
     cut = torch.rand(B, 1, device=device) < share
     far = torch.randint(JUMP + 1, (B, 1), device=device)
     is_text = batch.is_text[:, None]
-    cuts = torch.where(often[:, None] | is_text, chance > torch.rand(B, 1, device=device), one)
-    return cuts & cut, (one & ~cut & ~is_text) * far
+    cuts = torch.where(decides[:, None] | is_text, chance > torch.rand(B, 1, device=device), one)
+    return {"forced": forced, "cuts": cuts & cut, "jumps": (one & ~cut & ~is_text) * far}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -441,8 +449,8 @@ def answers_right(out: GridOutput, grid: Grid, counted: Tensor) -> Tensor:
 def hybrid_loss(model, grid, out: GridOutput, batch, free: Tensor, config, paid: bool) -> dict:
     """
     Cross-entropy of real tokens, REINFORCE for the gates, and what REVISE, the observer and
-    demonstrations add -> {name: term}; the loss is their sum. free (B,): sequences in which the
-    gates decide; from these only they and the observer learn.
+    demonstrations add -> {name: term}; the loss is their sum. free (B,): sequences from which the
+    gates and the observer learn.
     """
     counted, shown, terms = counted_tokens(batch), batch.shown[:, None, None], {}
     free = free[:, None, None]
@@ -664,44 +672,36 @@ class Trainer:
     def thinking(self) -> Thinking:
         return self.ways[self.paid]
 
-    def draw(self) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    def draw(self) -> tuple[Batch, dict, Tensor]:
         """
-        A batch of the levels in use -> batch; cuts and jumps, see `rollout`; (B,) bool: sequences
-        in which the gate decides. In the cost phase one in `rollouts` sequences is such, and
-        stands there so many times, one after another; the others think always.
+        A batch of the levels in use -> batch; see draw_plan; (B,) bool: sequences that teach the
+        gates. In the cost phase one in `rollouts` does, and stands there so many times, one after
+        another, planned alike.
         """
         c, levels, device = self.config, self.curriculum.levels, self.device
         rollouts = c.rollouts if self.paid else 1
         groups = max(1, c.batch_tokens // self.rows.longest(levels[-1]) // rollouts)
         batch = self.rows.draw(groups * rollouts, levels, None, len(self.curriculum.newest))
+        batch = batch.to(device)
         free = (torch.rand(groups, device=device) * rollouts < 1).repeat_interleave(rollouts)
         own = torch.arange(groups * rollouts, device=device)
         own = torch.where(free, own // rollouts * rollouts, own)
-        batch = batch.to(device)
-        # Cut once, a long sequence hardly ever needs a thought at one place; the gate must learn
-        # that all of them are needed where the view is short.
-        cuts, jumps = draw_cuts(batch, c.forget, free & self.paid, self.thinking.after)
+        plan = draw_plan(batch, self.thinking, c.forget, free & (self.thinking.force is None))
         # a window would hide what is before a jump, learned positions have no room for it
-        jumps *= not c.window and self.model.position is None
-        return batch.rows(own), cuts[own], jumps[own], free
+        plan["jumps"] *= not c.window and self.model.position is None
+        return batch.rows(own), {name: x[own] for name, x in plan.items()}, free
 
     def train_step(self) -> dict:
         c = self.config
         # every step's chance follows from its number: a resumed run draws what a whole one would
         torch.manual_seed(hash((c.seed, self.step, RANK)))
-        batch, cuts, jumps, free = self.draw()
+        batch, plan, free = self.draw()
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
-        # in the warm-up nobody decides: what is cut needs a thought there
-        forced = torch.where(~free[:, None] | cuts & (not self.paid), THINK, UNFORCED)[:, :, None]
-        demonstrated = F.pad(
-            batch.thoughts, (0, c.max_run - batch.thoughts.size(2)), value=NO_THOUGHT
-        )
-        forced = torch.where(batch.shown[:, None, None], demonstrated, forced)
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
         use_bf16 = self.device == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(self.device, torch.bfloat16, enabled=use_bf16):
-            how = {"forced": forced, "cuts": cuts, "jumps": jumps, "wrong": wrong}
-            grid, out = rollout(self.network, batch.real, batch.length, thinking, **how)
+            how = self.network, batch.real, batch.length, thinking
+            grid, out = rollout(*how, wrong=wrong, **plan)
             terms = hybrid_loss(self.model, grid, out, batch, free, c, self.paid)
         self.update(sum(terms.values()))
         right = answers_right(out, grid, counted_tokens(batch))

@@ -12,15 +12,17 @@ import train
 from data.dataset import Batch
 from model import Cells, Thinking, Thoughts
 from train import (
-    UNFORCED,
     JUMP,
+    NO_THOUGHT,
+    THINK,
+    UNFORCED,
     Config,
     GridOutput,
     answers_right,
     baseline,
     counted_tokens,
     demonstration_loss,
-    draw_cuts,
+    draw_plan,
     gate_loss,
     hybrid_loss,
     log_choice,
@@ -52,49 +54,68 @@ ALL = torch.ones(1, 1, 1, dtype=torch.bool)
 # forgetting
 
 
-ONCE = torch.zeros(4000, dtype=torch.bool)  # no sequence is cut often
+NONE = torch.zeros(4000, dtype=torch.bool)  # the gate decides nowhere
+FORCED = Thinking(force=1.0)
 
 
 def near(shares, wanted):
     torch.testing.assert_close(shares, torch.tensor(wanted), atol=0.03, rtol=0)
 
 
+def many(prompt, **changes):
+    """4,000 times the same sequence, of 8 tokens."""
+    return batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 4000), prompt)._replace(**changes)
+
+
+def planned(*what):
+    plan = draw_plan(*what)
+    return plan["forced"][:, :, 0], plan["cuts"], plan["jumps"]
+
+
 def test_a_share_is_cut_at_one_token_of_the_prompt_but_its_last_and_the_others_jump_there():
-    batch = batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 4000), 6)
     torch.manual_seed(0)
-    cuts, jumps = draw_cuts(batch, 0.8, ONCE)
+    forced, cuts, jumps = planned(many(6), FORCED, 0.8, NONE)
+    assert (forced == THINK).all()
     assert ((cuts | (jumps > 0)).sum(dim=1) <= 1).all()
     near(cuts.float().mean(dim=0), [0.16] * 5 + [0.0] * 3)
     near((jumps > 0).float().mean(dim=0), [0.04] * 5 + [0.0] * 3)
     assert jumps.max() == JUMP and 25 < jumps[jumps > 0].float().mean() < 40
-    assert not draw_cuts(batch, 0.0, ONCE)[0].any() and not draw_cuts(batch, 1.0, ONCE)[1].any()
-    for often in (ONCE, ~ONCE):
-        nowhere = draw_cuts(batch._replace(prompt=torch.ones(4000)), 0.5, often)
+    assert not planned(many(6), FORCED, 0.0, NONE)[1].any()
+    assert not planned(many(6), FORCED, 1.0, NONE)[2].any()
+    for decides in (NONE, ~NONE):
+        _, *nowhere = planned(many(1), FORCED, 0.5, decides)
         assert not nowhere[0].any() and not nowhere[1].any(), "there is no place"
 
 
-def test_what_is_cut_often_is_cut_anywhere_with_a_probability_of_its_own():
-    batch = batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 4000), 6)
+def test_where_the_gate_decides_each_token_is_a_cut_with_a_probability_of_the_sequences_own():
     after = torch.tensor([True, True, False, True, True])
-    cuts, jumps = draw_cuts(batch, 0.8, ~ONCE, after)
+    forced, cuts, jumps = planned(many(6), Thinking(after=after), 0.8, ~NONE)
+    assert (forced == UNFORCED).all()
     near(cuts.float().mean(dim=0), [0.4, 0.4, 0.0, 0.4, 0.4] + [0.0] * 3)
     assert ((jumps > 0).sum(dim=1) <= 1).all() and not cuts[(jumps > 0).any(dim=1)].any()
     times = F.one_hot(cuts.sum(dim=1), 5).float().mean(dim=0)  # of four, none to all are alike
     near(times, [0.2 + 0.8 / 5] + [0.8 / 5] * 4)
 
 
-def test_a_text_is_cut_often_and_never_jumps():
-    cuts, jumps = draw_cuts(batch_of(grid_of([[0, 1, 2, 3]] * 4000), 4), 0.6, ONCE)
-    near(cuts.float().mean(dim=0), [0.3] * 3 + [0.0])
-    assert not jumps.any()
+def test_what_is_cut_thinks_there():
+    forced, cuts, jumps = planned(many(6), Thinking(force=0.25), 0.8, NONE)
+    near((forced == THINK).float().mean(dim=0), [0.25] * 8)
+    assert set(forced.unique().tolist()) == {THINK, NO_THOUGHT}
+    assert (forced[cuts | (jumps > 0)] == THINK).all() and cuts.any() and jumps.any()
 
 
-def test_a_demonstration_is_cut_only_where_it_shows_a_thought():
-    batch = batch_of(grid_of([[0, 1, 2, 3, 4, 0, 1, 2]] * 4000), 6)
+def test_a_text_is_cut_at_many_of_its_thoughts_and_never_jumps():
+    forced, cuts, jumps = planned(many(8), Thinking(force=0.25), 0.6, NONE)
+    assert (forced[cuts] == THINK).all() and (cuts.sum(dim=1) > 1).any() and not jumps.any()
+    near(cuts.float().mean(dim=0), [0.25 * 0.6 * 0.875] * 7 + [0.0])
+
+
+def test_a_demonstration_is_followed_and_cut_only_where_it_shows_a_thought():
     thoughts = torch.full((4000, 8, 1), -1)
     thoughts[:, 1] = thoughts[:, 3] = 2
     shown = torch.arange(4000) < 2000
-    cuts, _ = draw_cuts(batch._replace(thoughts=thoughts, shown=shown), 1.0, ONCE)
+    forced, cuts, _ = planned(many(6, thoughts=thoughts, shown=shown), FORCED, 1.0, NONE)
+    assert torch.equal(forced[shown], thoughts[shown, :, 0]) and (forced[~shown] == THINK).all()
     near(cuts[shown].float().mean(dim=0), [0, 0.5, 0, 0.5, 0, 0, 0, 0])
     near(cuts[~shown].float().mean(dim=0), [0.2] * 5 + [0.0] * 3)
 

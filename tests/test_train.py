@@ -103,7 +103,7 @@ def test_the_gate_explores_in_training_and_only_there(chains, tmp_path):
 
 
 def test_thoughts_are_forced_but_where_the_gate_decides(chains, tmp_path, monkeypatch):
-    how = {"forget": 0.5, "force_think_prob": 0.0, "batch_tokens": 2000}
+    how = {"forget": 0.5, "force_think_prob": 0.5, "batch_tokens": 2000}
     trainer, seen, train_loss = Trainer(small(chains, tmp_path, **how)), {}, train.hybrid_loss
 
     def walk(*what, cuts, **how):
@@ -117,9 +117,11 @@ def test_thoughts_are_forced_but_where_the_gate_decides(chains, tmp_path, monkey
     monkeypatch.setattr(train, "rollout", walk)
     monkeypatch.setattr(train, "hybrid_loss", add_up)
     trainer.train_step()
-    grid, cuts = seen["grid"], seen["cuts"]
-    assert torch.equal(grid.thinks[:, :, 0], cuts), "in the warm-up at a cut, else as is asked for"
-    assert 10 < cuts.sum() < len(cuts) - 10
+    thinks, cuts = seen["grid"].thinks[:, :, 0], seen["cuts"]
+    assert 0.4 < thinks.sum() / seen["grid"].present[:, :, 0].sum() < 0.6, (
+        "in the warm-up by chance"
+    )
+    assert 10 < cuts.sum() < len(cuts) - 10 and thinks[cuts].all(), "and wherever it is cut"
     trainer.paid = True
     with torch.no_grad():
         trainer.model.gate.out.bias.fill_(-100.0)

@@ -33,10 +33,10 @@ class Trainer(train.Trainer):
     def draw(self) -> tuple:
         """A batch with several rollouts of each sequence, in the warm-up, too."""
         paid, self.paid = self.paid, True
-        batch, cuts, jumps, free = super().draw()
+        batch, plan, free = super().draw()
         self.paid, rollouts = paid, self.config.rollouts
         own = torch.arange(len(free), device=free.device) // rollouts * rollouts
-        return batch.rows(own), cuts[own], jumps[own], free
+        return batch.rows(own), {name: x[own] for name, x in plan.items()}, free
 
 
 def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, free, config, paid):
