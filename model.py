@@ -67,7 +67,7 @@ class GPTConfig:
         return 2**self.n_bits if self.n_bits else 0
 
     def watched(self) -> list[int]:
-        """Whose outputs it watches: 0 the embedding, 1 the first block .. Raises ValueError."""
+        """Whose outputs the observer watches: 0 the embedding, 1 the first block .. ValueError."""
         L = self.n_layer
         layers = [min(round(L * quarter / 4), L - 1) for quarter in (1, 2, 3)]
         try:
@@ -100,8 +100,9 @@ class Cells(NamedTuple):
 def visible(query: Cells, key: Cells, window: int = 0) -> Tensor | None:
     """
     -> (B, n_query, n_key) bool, True where a query sees a key; the queries are the last n_query of
-    the keys. A cell sees itself; and what comes before it, if that is `seen`, of its own segment,
-    and less than `window` positions back (0: any). None: plain causal attention needs no mask.
+    the keys. A cell sees itself; and what comes before it, if that is `seen` and, unless the cell
+    `sees_all`, of its own segment and less than `window` positions back (0: any). None: plain
+    causal attention needs no mask.
     """
     n_query, n_key = query.position.size(1), key.position.size(1)
     if n_query == n_key and not window and key.segment is None and key.seen is None:
@@ -390,8 +391,8 @@ class GPT(nn.Module):
         """x (B, C, D); what the observer sensed (B, C, hs), or None."""
         logits = self.head(x)
         never = torch.full_like(x[..., 0], -torch.inf)
-        # The noise of policy gradients would damage what thoughts mean, so the gates' input is
-        # detached. Demonstrations have no such noise: they teach the same gate in the trunk, too.
+        # The noise of policy gradients must not reach the trunk, so the gates' input is detached.
+        # Demonstrations have no such noise: the gradient of `taught_gate` goes on.
         gate_input = x if sensed is None else torch.cat([x, sensed], dim=-1)
         apart = gate_input.detach()
         readings = x[..., :0]
@@ -420,21 +421,16 @@ class GPT(nn.Module):
         blocks, matrices, gates, rest = [], [], [], []
         is_matrix = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
         for name, p in self.named_parameters():
-            if name.startswith(("gate.", "recall_gate.")) or ".observer." in name:
-                gates.append(p)
-            elif p in is_matrix:
-                (blocks if name.startswith("blocks.") else matrices).append(p)
-            else:
-                rest.append(p)
-        in_blocks = {"params": blocks, "peak_lr": lr, "weight_decay": decay}
-        groups = [
-            {"params": matrices, "peak_lr": lr, "weight_decay": decay},
-            {"params": gates, "peak_lr": gate_lr, "weight_decay": 0.0},
-            {"params": rest, "peak_lr": lr, "weight_decay": 0.0},
+            apart = name.startswith(("gate.", "recall_gate.")) or ".observer." in name
+            matrix = blocks if name.startswith("blocks.") else matrices
+            (gates if apart else matrix if p in is_matrix else rest).append(p)
+        kinds = (blocks, lr, decay), (matrices, lr, decay), (gates, gate_lr, 0.0), (rest, lr, 0.0)
+        first, *others = [
+            {"params": some, "peak_lr": peak, "weight_decay": d} for some, peak, d in kinds if some
         ]
         return [
-            torch.optim.Muon([in_blocks], lr=lr, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95)),
+            torch.optim.Muon([first], lr=lr, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95)),
         ]
 
 

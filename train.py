@@ -14,16 +14,18 @@ Glossary, beside model.py's
   rollout         walking through sequences from left to right, thoughts drawn, real tokens given
   grid            a batch of rollouts: after each real token, slots for what may follow it
   R               thoughts in a row, at most (max_run)
-  cut             a place right before a thought: nothing before it is visible from there on
+  cut             a place behind a token: from the next cell on, nothing before it is visible
   jump            a place after which all stands further on, as if much lay in between
   level           how hard a sequence is, e.g. how many operations it has
+  answer          the tokens of a sequence that count, after its prompt
+  text            a piece of running text: all prompt, no answer, and every token counts
   warm-up         until all levels are learned, or for a share of the steps: thoughts cost
-                  nothing, and are forced unless the data demonstrate them; in the
-                  cost phase that follows (`paid`) the gate is asked, and each thought has its price
+                  nothing, and are forced unless the data demonstrate some
+  cost phase      what follows (`paid`): the gate decides, and each thought has its price
   demonstration   a sequence whose thoughts the data show
   batch           real (B, T) ids, length (B,), prompt (B,) tokens before the answer, level (B,),
-                  thoughts (B, T, R) demonstrated, wrong (B, T) first guesses, shown (B,) bool:
-                  thoughts are demonstrated. See data/dataset.py
+                  thoughts (B, T, R) demonstrated, wrong (B, T) ids to be taken back, shown (B,)
+                  bool: thoughts are demonstrated. See data/dataset.py
 """
 
 import dataclasses
@@ -83,7 +85,7 @@ class Config:  # option(default, help, least, most)
     n_embd: int = option(64, "width", 1)
     dropout: float = option(0.0, "dropout in training", 0, 0.99)
     observer: str = option("", "layers below the last that it watches, e.g. 0,1, or quarters")
-    recall: bool = option(False, "RECALL, a cell that sees past the window and past a cut")
+    recall: bool = option(False, "RECALL, a cell that sees past the window")
     revise: float = option(0.0, "share of tokens tried with a wrong one, to teach REVISE", 0, 1)
     window: int = option(0, "positions in view, in training and after; 0 for all", 0)
     # optimisation
@@ -208,11 +210,13 @@ def rollout(
     Walk all sequences, real (B, T) ids of length (B,), from left to right, every token given. At
     token t the gate is asked for a thought, then after that thought for the next, until no
     sequence thinks; the last thought waits, and goes through the network with token t + 1. Gradient
-    flows through all of it: from a loss through each thought in between to what made it think so.
+    flows through all of it: from a loss, through every thought that the model chose, to the cell
+    that chose it.
     forced: (B, T, R) thoughts to think there, or NO_THOUGHT, or THINK: one of its own, or UNFORCED:
     as `thinking` says; None: UNFORCED everywhere.
     cuts: (B, T) bool, what follows this token begins a new segment: a thought, if there is one.
-    jumps: (B, T) positions by which all that follows this token is moved ahead.
+    jumps: (B, T) positions by which all that follows this token is moved ahead. Both only at
+    tokens that a thought may follow.
     wrong: see empty_grid.
     """
     (B, T), config, device = real.shape, model.config, real.device
@@ -223,7 +227,7 @@ def rollout(
     may_be_asked = grid.present[:, :, 0] & may_follow(real, thinking.after)
     beside = [S + RECALL_SLOT] * config.recall + [S + WRONG_SLOT] * (wrong is not None)
     count, cache, echo = torch.zeros_like(length)[:, None], None, None  # cells so far, (B, 1)
-    segment = count  # of all cells that wait: where one begins, nothing else waits
+    segment = count  # of all cells that wait: it changes only while none does
     waiting, done, parts = [], [], []  # cells; those that are done, and what they put out
 
     def go() -> Output:
@@ -233,7 +237,7 @@ def rollout(
         x, here, slot = model.embed(token[:, at]), present[:, at], at % S
         if echo is not None:  # of the thought that waits, which is the first
             x = torch.cat([x[:, :1] + echo[:, None], x[:, 1:]], dim=1)
-        lasting = here & (slot <= R)  # others stand where the next cell will, and nobody sees them
+        lasting = here & (slot <= R)  # RECALL and wrong tokens stand where the next cell will
         position = (count + lasting.cumsum(dim=1) - lasting.long()) * here
         cells = Cells(position)
         if R or beside:  # else what is absent comes last, and causal attention hides it
@@ -301,18 +305,18 @@ JUMP = 64  # positions, at most
 def draw_plan(batch: Batch, thinking: Thinking, share: float, decides: Tensor) -> dict:
     """
     Where to think, to forget and to jump -> {"forced", "cuts", "jumps"}, for `rollout`.
-    Think: where a thought is demonstrated; else where the gate `decides` (B,) or, if it does not,
-    behind a token with the probability thinking.force (None: 1).
-    Forget: a share of the sequences is cut at one of these tokens (of the prompt, but not its
-    last). Nothing earlier is visible from there on, so the thought there must carry what is needed
-    later; in full view it need not, for the prompt can be looked up again. A text, and a sequence
-    in which the gate decides, is cut at each of these tokens, with a probability of its own: cut
-    once, a long sequence would hardly ever need the thought at one place.
+    Think: where a thought is demonstrated; else where the gate wants to, if it `decides` (B,); else
+    after a token with the probability thinking.force (None: 1).
+    Forget: a sequence is cut with the probability `share`, at one of these tokens (of the prompt,
+    but not its last). Nothing earlier is visible from there on, so the thought there must carry
+    what is needed later; else the prompt could be read again, and it would learn nothing. If the
+    gate decides, or in a text, it is cut at each of these tokens with a probability drawn for the
+    sequence: cut once, a long one would hardly ever need the thought at one place.
     Jump: in the others, at one of these tokens, by up to JUMP positions, to practise longer
-    distances than the data have. A text, which is all prompt, does not jump.
+    distances than the data have. A text does not jump.
     """
     (B, T), device, R = batch.real.shape, batch.real.device, thinking.max_run
-    chance = torch.rand(B, T, device=device)
+    chance = torch.rand(B, T, device=device)  # of each token, to think, to be the one, to be a cut
     force = 1.0 if thinking.force is None else thinking.force
     thinks = may_follow(batch.real, thinking.after) & (chance >= 1 - force)
     thinks = torch.where(batch.shown[:, None], (batch.thoughts >= 0).any(dim=2), thinks)
@@ -335,7 +339,7 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, decides: Tensor) -
 
 
 def mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean -> scalar; 0 where nothing has weight. The weights are counts or shares."""
+    """Weighted mean -> scalar; 0 where nothing has weight, and the divisor is at least 1."""
     return (x * weight).sum() / weight.sum().clamp(min=1)
 
 
@@ -370,8 +374,9 @@ def return_to_go(cost: Tensor, grid: Grid, price: float, horizon: int = 0) -> Te
 def baseline(returns: Tensor, cost: Tensor, rollouts: int) -> Tensor:
     """
     What a return-to-go is compared with: the mean, at the same token, of the other rollouts of the
-    sequence, which stand one after another (Kool et al. 2019, RLOO) -> (B, T, 1); or of a single
-    rollout what emitting at once would have cost -> (B, T, S), which is meant for a horizon of 1.
+    sequence, which stand one after another (Kool et al. 2019, RLOO) -> (B, T, 1). It does not
+    depend on what this rollout did. For a horizon of 1 one rollout is enough: what emitting at once
+    would have cost -> (B, T, S).
     """
     if rollouts == 1:
         return -cost
@@ -446,14 +451,14 @@ def answers_right(out: GridOutput, grid: Grid, counted: Tensor) -> Tensor:
     return (out.right | ~(grid.emits & counted)).flatten(1).all(dim=1)
 
 
-def hybrid_loss(model, grid, out: GridOutput, batch, free: Tensor, config, paid: bool) -> dict:
+def hybrid_loss(model, grid, out: GridOutput, batch, teaches, config, paid: bool) -> dict:
     """
     Cross-entropy of real tokens, REINFORCE for the gates, and what REVISE, the observer and
-    demonstrations add -> {name: term}; the loss is their sum. free (B,): sequences from which the
-    gates and the observer learn.
+    demonstrations add -> {name: term}; the loss is their sum. teaches (B,) bool: sequences from
+    which REINFORCE and the observer learn.
     """
     counted, shown, terms = counted_tokens(batch), batch.shown[:, None, None], {}
-    free = free[:, None, None]
+    teaches = teaches[:, None, None]
     terms["tokens"] = token_loss(out.loss, grid, counted, config.thinking_weight)
     if config.revise:
         wrong = grid.present[:, :, WRONG_SLOT]  # each weighs about as much as a token does
@@ -465,16 +470,18 @@ def hybrid_loss(model, grid, out: GridOutput, batch, free: Tensor, config, paid:
     if paid:
         advantage = returns - baseline(returns, cost, config.rollouts)
         if model.config.n_bits:
-            here = grid.asked & free & ~shown
+            here = grid.asked & teaches & ~shown
             terms["gate"] = gate_loss(out.gate, grid.thinks, here, advantage, config.explore)
         if config.recall:
-            here = grid.ends & free
+            here = grid.ends & teaches
             terms["recall"] = gate_loss(out.recall, grid.recalls, here, advantage, config.explore)
     if out.readings.size(-1):
-        present = (grid.emits | grid.thinks | grid.recalls) & free
+        present = (grid.emits | grid.thinks | grid.recalls) & teaches
         worth, known = value_of_thinking(cost, grid, config, config.rollouts if paid else 1)
         targets = [out.loss, worth, -returns]
-        terms["observer"] = observer_loss(out.readings, targets, [present, known & free, present])
+        terms["observer"] = observer_loss(
+            out.readings, targets, [present, known & teaches, present]
+        )
     if batch.thoughts.size(2) and model.config.n_bits:
         terms["demonstrations"] = demonstration_loss(model, out, grid, batch)
     return terms
@@ -514,14 +521,15 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
 
 POOL = 64  # sequences, at least, that come into use together
 MASTERED = 0.9  # share of the newest that is right in training, cut or not, when the next come
+LEARNED = 0.97  # the same of all levels, when nothing is left to learn
 RATE = 0.2  # of the moving average of that share
 FALL = 0.2  # of the steps, the last: they begin when all is learned, or evidently will not be
 
 
 def pools(count: dict[int, int]) -> list[int]:
     """
-    {level: sequences}, shortest level first -> how many levels are in use at each stage: as few
-    more as hold POOL sequences, the rest with the last.
+    {level: sequences}, shortest level first -> how many levels are in use at each stage: each adds
+    as few as hold POOL sequences, the last what is left.
     """
     stages, waiting = [], 0
     for i, sequences in enumerate(count.values(), start=1):
@@ -542,7 +550,7 @@ class Curriculum:
         """count: {level: sequences}, shortest first. Without `grows` all are in use at once."""
         self.every, self.grows = list(count), grows
         self.stages = pools(count) if grows else [len(count)]  # levels in use at each stage
-        self.stage = int(not grows)  # as many stages are mastered
+        self.stage = int(not grows)  # how many stages are mastered
         self.right = 0.0  # moving average: share of the newest that is right
         self.learned_at = None  # how many steps it took, once it is done
 
@@ -564,20 +572,13 @@ class Curriculum:
         """Levels in use that are not mastered; half of each batch is drawn from them."""
         return self.levels[len(self.mastered) :]
 
-    def open(self) -> None:
-        """Take in all levels that are left, together with the newest, which are not mastered."""
-        self.stages = self.stages[: self.stage] + [len(self.every)]
-        self.right = 0.0
-
     def grow(self, level: Tensor, right: Tensor) -> None:
         """level (B,); right (B,) bool: answered right."""
-        if self.learned:
-            return
-        counted = level >= self.newest[0]
+        counted = level >= (self.newest or self.every)[0]
         hits, count = total(torch.stack([(right & counted).sum(), counted.sum()])).tolist()
         if count:
             self.right += RATE * (hits / count - self.right)
-        if self.right > MASTERED:
+        if self.right > MASTERED and not self.learned:
             self.stage, self.right = self.stage + 1, 0.5
 
     def steps_left(self, step: int, steps: int) -> int:
@@ -587,12 +588,12 @@ class Curriculum:
         return min(steps, self.learned_at + math.ceil(FALL * steps)) - step
 
     def move_on(self, step: int, steps: int) -> bool:
-        """After each step -> True if the levels that are left come into use unlearned, for FALL."""
-        if self.grows and self.learned and self.learned_at is None:
+        """After each step -> True if now all levels come into use, unlearned, for those of FALL."""
+        if self.grows and self.learned and self.right > LEARNED and self.learned_at is None:
             self.learned_at = step
         late = self.steps_left(step, steps) <= FALL * steps and self.levels != self.every
         if late:
-            self.open()
+            self.stages, self.right = self.stages[: self.stage] + [len(self.every)], 0.0
         return late
 
 
@@ -665,44 +666,44 @@ class Trainer:
             self.clipped[".observer." in name].append(p)
         has_answers = self.vocabulary.row_end >= 0  # a text has no answers to master
         self.curriculum = Curriculum(self.rows.count, config.curriculum and has_answers)
-        self.ways = {paid: how_to_think(config, self.vocabulary, paid) for paid in (False, True)}
         self.step, self.seconds, self.paid = 0, 0.0, False
 
     @property
     def thinking(self) -> Thinking:
-        return self.ways[self.paid]
+        return how_to_think(self.config, self.vocabulary, self.paid)
 
     def draw(self) -> tuple[Batch, dict, Tensor]:
         """
         A batch of the levels in use -> batch; see draw_plan; (B,) bool: sequences that teach the
-        gates. In the cost phase one in `rollouts` does, and stands there so many times, one after
-        another, planned alike.
+        gates and the observer: all in the warm-up. In the cost phase a batch is groups of
+        `rollouts`. One group in `rollouts` teaches, and is one sequence so many times, planned
+        alike, in which the gate decides; the others are different sequences, which think always.
         """
         c, levels, device = self.config, self.curriculum.levels, self.device
         rollouts = c.rollouts if self.paid else 1
         groups = max(1, c.batch_tokens // self.rows.longest(levels[-1]) // rollouts)
         batch = self.rows.draw(groups * rollouts, levels, None, len(self.curriculum.newest))
         batch = batch.to(device)
-        free = (torch.rand(groups, device=device) * rollouts < 1).repeat_interleave(rollouts)
+        teaches = (torch.rand(groups, device=device) * rollouts < 1).repeat_interleave(rollouts)
         own = torch.arange(groups * rollouts, device=device)
-        own = torch.where(free, own // rollouts * rollouts, own)
-        plan = draw_plan(batch, self.thinking, c.forget, free & (self.thinking.force is None))
+        own = torch.where(teaches, own // rollouts * rollouts, own)
+        plan = draw_plan(batch, self.thinking, c.forget, teaches & (self.thinking.force is None))
         # a window would hide what is before a jump, learned positions have no room for it
         plan["jumps"] *= not c.window and self.model.position is None
-        return batch.rows(own), {name: x[own] for name, x in plan.items()}, free
+        return batch.rows(own), {name: x[own] for name, x in plan.items()}, teaches
 
     def train_step(self) -> dict:
         c = self.config
-        # every step's chance follows from its number: a resumed run draws what a whole one would
+        # each step seeds its own random numbers: a resumed run draws what a whole one would
         torch.manual_seed(hash((c.seed, self.step, RANK)))
-        batch, plan, free = self.draw()
+        batch, plan, teaches = self.draw()
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
         use_bf16 = self.device == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(self.device, torch.bfloat16, enabled=use_bf16):
             how = self.network, batch.real, batch.length, thinking
             grid, out = rollout(*how, wrong=wrong, **plan)
-            terms = hybrid_loss(self.model, grid, out, batch, free, c, self.paid)
+            terms = hybrid_loss(self.model, grid, out, batch, teaches, c, self.paid)
         self.update(sum(terms.values()))
         right = answers_right(out, grid, counted_tokens(batch))
         self.curriculum.grow(batch.level, right)
@@ -740,8 +741,8 @@ class Trainer:
     def next_phase(self) -> None:
         """
         After each step. The fall of the learning rate begins when all levels are learned, or when
-        they evidently will not be: then those left come into use all the same. Thoughts cost from
-        then on; or sooner, or never, as `warm_up` says.
+        they evidently will not be: then those left come into use all the same. Thoughts cost once
+        fewer than 1 - warm_up of the steps are left: by default from that moment on.
         """
         c = self.config
         if self.curriculum.move_on(self.step, c.steps) and RANK == 0:

@@ -1,22 +1,24 @@
 """Which levels are in use, how often each is drawn, and when thoughts begin to cost."""
 
 import dataclasses
+
 import pytest
 import torch
 from conftest import small
 
 import train
 from data.dataset import Rows
-from train import MASTERED, POOL, Curriculum, Trainer, pools
+from train import LEARNED, MASTERED, POOL, Curriculum, Trainer, pools
 
 
 def feed(curriculum, share, times=100, level=None):
     """The same batch over and over, until a stage is gained: a share of the newest is right."""
-    stage, level = curriculum.stage, curriculum.newest[0] if level is None else level
+    stage = curriculum.stage
+    level = (curriculum.newest or curriculum.every)[0] if level is None else level
     right = torch.arange(100) < round(100 * share)
     for _ in range(times):
         curriculum.grow(torch.full((100,), level), right)
-        if curriculum.stage > stage or curriculum.learned:
+        if curriculum.stage > stage:
             break
 
 
@@ -70,14 +72,14 @@ def test_half_of_a_batch_is_of_the_newest_levels_as_long_as_they_are_not_learned
     assert curriculum.learned and len(curriculum.newest) == 0
 
 
-def test_all_levels_can_be_taken_in_at_once():
+def test_all_levels_are_taken_in_when_the_rate_must_fall():
     curriculum = large(4)
     feed(curriculum, 1.0)
-    curriculum.open()
+    assert not curriculum.move_on(79, 100) and curriculum.move_on(80, 100)
     assert curriculum.levels == [1, 2, 3, 4] and curriculum.newest == [2, 3, 4]
     assert curriculum.mastered == [1] and not curriculum.learned, "2 was not mastered"
     before = vars(curriculum).copy()
-    curriculum.open()
+    assert not curriculum.move_on(81, 100)
     assert vars(curriculum) == before, "there is nothing left"
     at_once = Curriculum({1: 9, 2: 9}, grows=False)
     assert at_once.levels == at_once.mastered == [1, 2] and at_once.newest == []
@@ -86,7 +88,7 @@ def test_all_levels_can_be_taken_in_at_once():
 def test_a_curriculum_goes_on_from_its_state():
     first, second = large(4), large(4)
     feed(first, 1.0)
-    first.open()
+    first.move_on(80, 100)
     feed(first, 0.8, times=5)
     vars(second).update(vars(first))
     assert vars(second) == vars(first) and second.levels == [1, 2, 3, 4]
@@ -114,13 +116,16 @@ def walk(trainer, first, end):
             return trainer.step
 
 
-def test_once_the_last_levels_are_mastered_only_the_cost_phase_is_left(trainer, capsys):
+def test_once_all_levels_are_learned_only_the_cost_phase_is_left(trainer, capsys):
     feed(trainer.curriculum, 1.0)
     feed(trainer.curriculum, 1.0)
     assert trainer.curriculum.mastered == [1, 2] and walk(trainer, 0, 30) is None
     assert trainer.left == 100 - 29
     feed(trainer.curriculum, 1.0)
-    assert trainer.curriculum.learned and walk(trainer, 30, 60) == 31
+    feed(trainer.curriculum, LEARNED - 0.001)
+    assert trainer.curriculum.learned and walk(trainer, 30, 60) is None, "nearly"
+    feed(trainer.curriculum, 1.0, level=1)
+    assert walk(trainer, 30, 60) == 31
     trainer.step = 50
     assert trainer.left == 0 and not capsys.readouterr().out
 
@@ -132,7 +137,7 @@ def test_the_loop_ends_where_no_steps_are_left(chains, tmp_path):
 
 
 def test_a_run_that_is_resumed_with_more_steps_goes_on(trainer):
-    for _ in range(3):
+    for _ in range(4):
         feed(trainer.curriculum, 1.0)
     assert walk(trainer, 30, 60) == 31
     trainer.config = dataclasses.replace(trainer.config, steps=1000)
