@@ -22,10 +22,10 @@ Some rows demonstrate how to think. They carry tags, which are no tokens:
   3+4=1<revise>2                            1 is a wrong first guess, one character, in the
                                             answer; 2 is the right token
 
-A .bin file is a header of 56 bytes (magic, version, rows, tokens, SHA-256 of the rest), the ids of
-all rows one behind the other (uint16), and the level of each row (uint16). Thought k is written as
-id V + k, REVISE as V + len(thoughts), right behind the wrong guess; V is len(vocab). A text has no
-rows.
+A .bin file is a header of 56 bytes (magic, version, rows, tokens, SHA-256 of meta.json and of the
+rest), the ids of all rows one behind the other (uint16), and the level of each row (uint16).
+Thought k is written as id V + k, REVISE as V + len(thoughts), right behind the wrong guess; V is
+len(vocab). A text has no rows.
 
 B rows in a batch, N in all, T real tokens a row, at most R demonstrated thoughts behind a token.
 """
@@ -42,8 +42,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MAGIC, VERSION = b"nanothnk", 1
-HEADER = struct.Struct("<8sIIQ32s")  # magic, version, rows, tokens, SHA-256 of what follows
+MAGIC, VERSION = b"nanothnk", 2
+HEADER = struct.Struct("<8sIIQ32s")  # magic, version, rows, tokens, SHA-256
 
 
 class DataError(Exception):
@@ -92,14 +92,19 @@ def untagged(row: str) -> str:
 # .bin files
 
 
-def write_bin(path: Path, tokens: list[int], levels: list[int]) -> None:
+def checksum(meta: dict, body: bytes) -> bytes:
+    """Of both together: a file that was made for another meta.json is noticed, too."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode() + body).digest()
+
+
+def write_bin(path: Path, tokens: list[int], levels: list[int], meta: dict) -> None:
     """Write token ids, row ends included, and one level a row."""
     body = np.array(tokens, np.uint16).tobytes() + np.array(levels, np.uint16).tobytes()
-    digest = hashlib.sha256(body).digest()
-    Path(path).write_bytes(HEADER.pack(MAGIC, VERSION, len(levels), len(tokens), digest) + body)
+    header = HEADER.pack(MAGIC, VERSION, len(levels), len(tokens), checksum(meta, body))
+    Path(path).write_bytes(header + body)
 
 
-def read_bin(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_bin(path: Path, meta: dict) -> tuple[np.ndarray, np.ndarray]:
     """-> ids (tokens,), levels (N,). Raises DataError if the file is missing, damaged, not ours."""
     try:
         blob = Path(path).read_bytes()
@@ -113,8 +118,9 @@ def read_bin(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if version != VERSION:
         message = f"{path} has format version {version}, this program reads {VERSION}"
         raise DataError(f"{message}: run prepare.py again")
-    if len(body) != 2 * (n_tokens + n_rows) or hashlib.sha256(body).digest() != digest:
-        raise DataError(f"{path} is damaged or cut short: run prepare.py again")
+    if len(body) != 2 * (n_tokens + n_rows) or checksum(meta, body) != digest:
+        what = "is damaged, cut short, or does not belong to the meta.json beside it"
+        raise DataError(f"{path} {what}: run prepare.py again")
     numbers = np.frombuffer(body, np.uint16)
     return numbers[:n_tokens], numbers[n_tokens:]
 
@@ -403,7 +409,12 @@ def make_encoding(recipe):
 
 
 def load_vocabulary(meta: dict) -> Vocabulary:
-    return ByteVocabulary(meta) if "encoding" in meta else Vocabulary(meta)
+    """Raises DataError."""
+    try:
+        return ByteVocabulary(meta) if "encoding" in meta else Vocabulary(meta)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"({type(error).__name__}: {error})"
+        raise DataError(f"meta.json is damaged {reason}: prepare the data again") from None
 
 
 def load_meta(folder: str) -> dict:
@@ -414,14 +425,13 @@ def load_meta(folder: str) -> dict:
     except OSError as error:
         advice = "prepare the data first, see README.md"
         raise DataError(f"cannot read {path} ({error.strerror}): {advice}") from None
-    except json.JSONDecodeError as error:
-        message = f"{path} is not JSON (line {error.lineno}): prepare the data again"
-        raise DataError(message) from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): prepare the data again") from None
 
 
 def load_split(folder: str, split: str, vocabulary: Vocabulary, block: int) -> Rows | Text:
     """block: tokens in a window of a text; rows have their own lengths. Raises DataError."""
-    tokens, levels = read_bin(Path(folder) / f"{split}.bin")
+    tokens, levels = read_bin(Path(folder) / f"{split}.bin", vocabulary.meta)
     if vocabulary.row_end < 0:
         return Text(tokens, block)
     sizes = len(vocabulary.tokens), len(vocabulary.thought)
@@ -447,7 +457,7 @@ def write_rows(out: Path, meta: dict, splits: dict[str, list[tuple[str, int]]]) 
         if not splits.get(name):
             (out / f"{name}.bin").unlink(missing_ok=True)
             continue
-        write_bin(out / f"{name}.bin", ids[name], [level for _, level in splits[name]])
+        write_bin(out / f"{name}.bin", ids[name], [level for _, level in splits[name]], meta)
         print(f"{name}.bin: {len(splits[name]):,} rows, {len(ids[name]):,} tokens")
     (out / "probe.json").unlink(missing_ok=True)
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

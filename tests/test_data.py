@@ -132,8 +132,9 @@ def test_thoughts_may_be_limited_to_follow_some_characters(tmp_path):
 
 def test_a_bin_file_reads_as_written_and_any_damage_is_noticed(tmp_path):
     path = tmp_path / "x.bin"
-    write_bin(path, [1, 2, 0, 3, 0], [1, 1])
-    tokens, levels = read_bin(path)
+    meta = {"task": "x", "vocab": list("abcd")}
+    write_bin(path, [1, 2, 0, 3, 0], [1, 1], meta)
+    tokens, levels = read_bin(path, meta)
     assert tokens.tolist() == [1, 2, 0, 3, 0] and levels.tolist() == [1, 1]
     whole = path.read_bytes()
     flipped = bytearray(whole)
@@ -142,9 +143,12 @@ def test_a_bin_file_reads_as_written_and_any_damage_is_noticed(tmp_path):
     for blob in (whole[:-1], whole[:30], whole + b"x", page, bytes(flipped), b""):
         path.write_bytes(blob)
         with pytest.raises(DataError):
-            read_bin(path)
+            read_bin(path, meta)
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match="does not belong"):
+        read_bin(path, meta | {"vocab": list("abdc")})
     with pytest.raises(DataError, match="prepare.py"):
-        read_bin(tmp_path / "missing.bin")
+        read_bin(tmp_path / "missing.bin", meta)
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def verses(tmp_path_factory):
     (folder / "meta.json").write_text(json.dumps(meta))
     tokens = torch.randint(V, (500,), generator=torch.Generator().manual_seed(3)).tolist()
     for name in ("train", "val"):
-        write_bin(folder / f"{name}.bin", tokens, [])
+        write_bin(folder / f"{name}.bin", tokens, [], meta)
     config = small(folder, folder, block=12, max_run=2, curriculum=False, n_bits=D_BITS)
     trainer = train.Trainer(config)
     trainer.paid = True  # so that the gate is asked

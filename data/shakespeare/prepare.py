@@ -151,7 +151,7 @@ def write(out: Path, meta: dict, train: str, val: str) -> int:
         if len(ids) < LEAST:
             message = f"the text is too short: {len(ids)} tokens for {split}.bin"
             raise DataError(f"{message}, at least {LEAST:,} are needed")
-        write_bin(out / f"{split}.bin", ids, [])
+        write_bin(out / f"{split}.bin", ids, [], meta)
         print(f"{split}.bin: {len(ids):,} tokens, {len(part.encode()) / len(ids):.2f} bytes each")
     for stale in ("test.bin", "probe.json"):
         (out / stale).unlink(missing_ok=True)
