@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -101,6 +102,9 @@ def load_checkpoint(folder: str, device: str = "cpu") -> dict:
     """Raises DataError."""
     path = Path(folder) / "checkpoint.pt"
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise DataError(f"there is no checkpoint in {folder}: train first") from None

@@ -220,7 +220,9 @@ def test_a_damaged_checkpoint_or_another_programs_is_refused(chains, tmp_path):
     with pytest.raises(DataError, match="'7' in '1.7=' .character 3. does not fit"):
         vocabulary.encode("1+7=")
     whole = path.read_bytes()
-    for blob in (whole[: len(whole) // 2], b"not a checkpoint"):
+    flipped = bytearray(whole)
+    flipped[whole.index(state["model"]["head.weight"].numpy().tobytes()) + 5] ^= 1
+    for blob in (whole[: len(whole) // 2], b"not a checkpoint", bytes(flipped)):
         path.write_bytes(blob)
         with pytest.raises(DataError, match="damaged"):
             load_model(tmp_path)
