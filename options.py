@@ -67,5 +67,7 @@ def run(entry, name: str) -> None:
     """Call a main with the command line; what the user can mend becomes one sentence, exit 1."""
     try:
         entry(sys.argv[1:])
-    except (DataError, FloatingPointError) as error:
+    except (DataError, FloatingPointError, OSError) as error:
         sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: stopped by Ctrl-C")

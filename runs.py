@@ -89,13 +89,20 @@ def interruptible():
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Written beside and renamed: a crash midway leaves the old file or the new, never a part."""
+    """
+    Written beside and renamed: a crash midway leaves the old file or the new, never a part. Raises
+    DataError.
+    """
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError):  # RuntimeError: torch.save in the middle of a file
+        advice = "is the disk full? what was saved before is as it was"
+        raise DataError(f"cannot write {path}: {advice}") from None
 
 
 def load_checkpoint(folder: str, device: str = "cpu") -> dict:
@@ -250,6 +257,8 @@ def prepare_out(config, step: int) -> None:
     aside, metrics of steps that are taken again are dropped. Raises DataError.
     """
     out, metrics = Path(config.out), Path(config.out) / "metrics.jsonl"
+    if not config.out:
+        raise DataError("out is empty: name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -53,7 +53,7 @@ def read_prompts(prompts: list[str], file: str) -> list[str]:
     """From the command line, a file or standard input; if there are none, the default."""
     try:
         if file:
-            prompts = prompts + [p for p in Path(file).read_text("utf-8").splitlines() if p]
+            prompts = prompts + [p for p in Path(file).read_text("utf-8-sig").splitlines() if p]
         elif not prompts and not sys.stdin.isatty():
             prompts = [p for p in sys.stdin.read().splitlines() if p]
     except (OSError, UnicodeDecodeError) as error:

@@ -111,9 +111,10 @@ def test_the_same_seed_makes_the_same_files(tmp_path):
 def test_a_task_of_ones_own(tmp_path):
     file = tmp_path / "rows.txt"
     lines = [f"{'ab'[i % 2] * (i % 7 + 1)}{i}={i % 3}\n" for i in range(60)]
-    file.write_text("".join(lines))
+    file.write_text("".join(lines), encoding="utf-8-sig")  # with a byte order mark
     prepare(tmp_path / "own", f"--input={file}")
     vocabulary, rows = load(tmp_path / "own")
+    assert set(vocabulary.tokens) == set("ab=0123456789\n")
     assert {*texts(rows["train"], vocabulary), *texts(rows["val"], vocabulary)} == set(lines)
     assert vocabulary.meta["level"] == "characters of the question"
 

@@ -285,6 +285,21 @@ class Trap:
         return os.system, ("touch trapped",)
 
 
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_saved(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    runs.save_checkpoint(path, {"weights": torch.zeros(3)})
+    whole = path.read_bytes()
+
+    def save(state, file):
+        file.write(whole[:20])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(DataError, match="is the disk full"):
+        runs.save_checkpoint(path, {"weights": torch.ones(3)})
+    assert path.read_bytes() == whole
+
+
 def test_a_checkpoint_runs_no_code_when_it_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Trap()}, tmp_path / "checkpoint.pt")
@@ -321,6 +336,13 @@ BAD = {
     "--steps=0": "steps = 0 is not allowed: at least 1",
     "--forget=1.5": "forget = 1.5 is not allowed: 0 to 0.9",
     "--lr=nan": "lr = 'nan' is not",
+    "--lr=2": "lr = 2 is not allowed: 0 to 1",
+    "--max_run=1000": "max_run = 1000 is not allowed: 1 to 64",
+    "--rollouts=0": "rollouts = 0 is not allowed: 1 to 64",
+    "--explore=0.6": "explore = 0.6 is not allowed: 0 to 0.5",
+    "--batch_tokens=-5": "batch_tokens = -5 is not allowed: at least 1",
+    "--seed=99999999999999999999": "is not allowed: 0 to 4294967296",
+    "--out=": "out is empty: name a folder",
     "--think_cost=inf": "think_cost = 'inf' is not",
     "--steps=many": "steps = 'many' is not",
     "--steps=1e3": "steps = '1e3' is not",

@@ -98,7 +98,7 @@ def guess(row: str, base: int, draw: random.Random) -> str:
 def read_rows(path: str) -> list[str]:
     """Lines question=answer of a file. Raises DataError that names the first of another form."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
     rows = []
@@ -269,7 +269,7 @@ def main(argv=None) -> None:
             longest = [untagged(row) for row, n in val if n == args.levels]
             truth = probe(vocabulary, longest, args.modulus)
             (out / "probe.json").write_text(json.dumps(truth))
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"prepare.py: {error}")
     print(f"{task}: vocabulary of {len(meta['vocab'])}, written to {out}")
 

@@ -79,7 +79,7 @@ def main(argv=None) -> None:
         meta = {"task": task, "vocab": vocab, "row_end": "\n", "answer_after": "?"}
         meta |= {"level": "assignments", "seed": args.seed}
         write_rows(Path(args.out), meta, {"train": train, "val": val})
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"prepare.py: {error}")
     print(f"{task}: vocabulary of {len(vocab)}, written to {args.out}")
 

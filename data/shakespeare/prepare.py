@@ -90,7 +90,7 @@ def from_package_index() -> bytes:
 def of_ones_own(path: str) -> tuple[str, str]:
     """-> text, name. Raises DataError."""
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
     if re.match(r"\s*<(!doctype|html)", text, re.IGNORECASE):
@@ -183,7 +183,7 @@ def main(argv=None) -> None:
         else:
             raise DataError(f"--vocab_size={args.vocab_size} is not between 256 and 60,000")
         count = write(Path(args.out), meta, train, val)
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"prepare.py: {error}")
     print(f"vocabulary of {count:,}, written to {args.out}")
 
