@@ -5,7 +5,7 @@ import torch
 from conftest import RECALL, K, V, alone, grid_of, replay, seeded, segments, streams_of
 
 import train
-from model import Thinking, decide
+from model import Thinking, decide, wants_to_think
 from train import NO_THOUGHT, UNFORCED, rollout
 
 # ----------------------------------------------------------------------------------------------
@@ -263,3 +263,21 @@ def test_what_stands_behind_a_sequences_end_changes_nothing(tiny):
     assert torch.equal(grid.present, other.present)
     for a, b in zip(found, again):
         assert torch.equal(a[grid.present], b[grid.present])
+
+
+def test_under_dropout_the_loss_sees_the_policy_that_acted(tiny, monkeypatch):
+    """One pass decides and is differentiated: the logits are the same, dropout and all."""
+    model, asked = tiny(dropout=0.5).train(), []
+
+    def decide_and_note(out, *how):
+        asked.append(out.gate[:, -1])
+        return wants_to_think(out, *how)
+
+    monkeypatch.setattr(train, "wants_to_think", decide_and_note)
+    grid, out = rollout(model, REAL, LENGTH, Thinking(max_run=2))
+    columns = grid.asked.flatten(1).any(dim=0)
+    decided, seen = torch.stack(asked, dim=1), out.gate.flatten(1)[:, columns]
+    where = grid.asked.flatten(1)[:, columns]
+    assert where.sum() > 40 and torch.equal(decided[where], seen[where])
+    again = rollout(model, REAL, LENGTH, Thinking(max_run=2))[1].gate
+    assert not torch.equal(again, out.gate), "dropout is on"
