@@ -269,8 +269,10 @@ def main(argv=None) -> None:
             longest = [untagged(row) for row, n in val if n == args.levels]
             truth = probe(vocabulary, longest, args.modulus)
             (out / "probe.json").write_text(json.dumps(truth))
-    except (DataError, OSError) as error:
+    except DataError as error:
         sys.exit(f"prepare.py: {error}")
+    except OSError as error:
+        sys.exit(f"prepare.py: cannot write to {args.out} ({error.strerror})")
     print(f"{task}: vocabulary of {len(meta['vocab'])}, written to {out}")
 
 

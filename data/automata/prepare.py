@@ -356,8 +356,10 @@ def main(argv=None) -> None:
         longest = [row for row, n in val if n == sizes[-1]]
         truth = probe(machine, vocabulary, longest[:n_val])
         (out / "probe.json").write_text(json.dumps(truth))
-    except (DataError, OSError) as error:
+    except DataError as error:
         sys.exit(f"prepare.py: {error}")
+    except OSError as error:
+        sys.exit(f"prepare.py: cannot write to {args.out} ({error.strerror})")
     print(f"{task}: vocabulary of {len(vocab)}, written to {out}")
 
 

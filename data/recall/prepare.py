@@ -79,8 +79,10 @@ def main(argv=None) -> None:
         meta = {"task": task, "vocab": vocab, "row_end": "\n", "answer_after": "?"}
         meta |= {"level": "assignments", "seed": args.seed}
         write_rows(Path(args.out), meta, {"train": train, "val": val})
-    except (DataError, OSError) as error:
+    except DataError as error:
         sys.exit(f"prepare.py: {error}")
+    except OSError as error:
+        sys.exit(f"prepare.py: cannot write to {args.out} ({error.strerror})")
     print(f"{task}: vocabulary of {len(vocab)}, written to {args.out}")
 
 

@@ -183,8 +183,10 @@ def main(argv=None) -> None:
         else:
             raise DataError(f"--vocab_size={args.vocab_size} is not between 256 and 60,000")
         count = write(Path(args.out), meta, train, val)
-    except (DataError, OSError) as error:
+    except DataError as error:
         sys.exit(f"prepare.py: {error}")
+    except OSError as error:
+        sys.exit(f"prepare.py: cannot write to {args.out} ({error.strerror})")
     print(f"vocabulary of {count:,}, written to {args.out}")
 
 
