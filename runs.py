@@ -124,6 +124,17 @@ def load_checkpoint(folder: str, device: str = "cpu") -> dict:
     return state
 
 
+def same(a, b) -> bool:
+    """Whether two states are equal bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 def other_version(folder: str) -> DataError:
     return DataError(f"the checkpoint in {folder} was written by another program or version")
 

@@ -574,6 +574,8 @@ class Curriculum:
 
     def grow(self, level: Tensor, right: Tensor) -> None:
         """level (B,); right (B,) bool: answered right."""
+        if not self.grows or self.learned_at is not None:
+            return
         counted = level >= (self.newest or self.every)[0]
         hits, count = total(torch.stack([(right & counted).sum(), counted.sum()])).tolist()
         if count:
@@ -666,11 +668,12 @@ class Trainer:
             self.clipped[".observer." in name].append(p)
         has_answers = self.vocabulary.row_end >= 0  # a text has no answers to master
         self.curriculum = Curriculum(self.rows.count, config.curriculum and has_answers)
+        self.ways = {paid: how_to_think(config, self.vocabulary, paid) for paid in (False, True)}
         self.step, self.seconds, self.paid = 0, 0.0, False
 
     @property
     def thinking(self) -> Thinking:
-        return how_to_think(self.config, self.vocabulary, self.paid)
+        return self.ways[self.paid]
 
     def draw(self) -> tuple[Batch, dict, Tensor]:
         """

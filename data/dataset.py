@@ -31,10 +31,12 @@ B rows in a batch, N in all, T real tokens a row, at most R demonstrated thought
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import struct
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +50,17 @@ HEADER = struct.Struct("<8sIIQ32s")  # magic, version, rows, tokens, SHA-256
 
 class DataError(Exception):
     """A file or a text that cannot be used; the message is one sentence for who gave it."""
+
+
+@contextlib.contextmanager
+def one_sentence(out: str):
+    """What the user of a prepare.py that writes to `out` can mend: one sentence, exit 1."""
+    try:
+        yield
+    except DataError as error:
+        sys.exit(f"prepare.py: {error}")
+    except OSError as error:
+        sys.exit(f"prepare.py: cannot write to {out} ({error.strerror})")
 
 
 # ----------------------------------------------------------------------------------------------

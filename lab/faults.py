@@ -3,8 +3,8 @@ A fault campaign: a run that is killed, has no room left on its disk, or finds i
 
   python lab/faults.py --kills=200 --preparations=100 --full=100 --damages=1000
 
-A small run gets SIGKILL, SIGTERM or SIGINT at a random moment of training, validation or saving, and
-is then resumed until it is through. The same with files that may not grow beyond a random size.
+A small run gets SIGKILL, SIGTERM or SIGINT at a random moment of training, validation or saving,
+and is then resumed until it is through. The same with files that may not grow beyond a random size.
 The preparation of data is killed in a folder that holds other data. Of each file a run reads one
 bit is flipped, or its end is cut off.
 
@@ -39,10 +39,11 @@ import train
 from data.arithmetic import prepare
 from data.dataset import DataError, load_meta, load_split, load_vocabulary
 from options import load_config, option, run
-from runs import load_checkpoint
+from runs import load_checkpoint, same
 
-EVERY = 7  # steps between checkpoints
-RUN = f"--steps=60 --eval_every={EVERY} --eval_rows=10 --n_embd=16 --n_head=2 --batch_tokens=256"
+STEPS, EVERY = 60, 7  # of a run, and between two of its checkpoints
+RUN = f"--steps={STEPS} --eval_every={EVERY} --eval_rows=10 --batch_tokens=256"
+SMALL = "--n_embd=16 --n_head=2 --threads=1 --report=false"
 DATA = ["--modulus=3", "--levels=3", "--rows=300"]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -66,7 +67,6 @@ def start(entry, argv: list[str], log: Path, room: int = 0) -> int:
     """Fork a process that calls `entry` as a command would -> its number. room: bytes a file."""
     if pid := os.fork():
         return pid
-    code = 0
     try:
         with open(log, "w") as file:
             os.dup2(file.fileno(), 1)
@@ -74,20 +74,18 @@ def start(entry, argv: list[str], log: Path, room: int = 0) -> int:
         if room:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
         sys.argv = ["program", *argv]
-        run(lambda _: entry(argv), "program")
+        run(entry, "program")
     except SystemExit as end:
         print(end, file=sys.stderr)
-        code = 1
     except BaseException:
         traceback.print_exc()
-        code = 2
     finally:
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(0)
 
 
 def training(folder: Path, data: Path, log: Path, resume: bool, room: int = 0) -> int:
-    argv = [*RUN.split(), f"--data={data}", f"--out={folder}", "--threads=1", "--report=false"]
+    argv = [*RUN.split(), *SMALL.split(), f"--data={data}", f"--out={folder}"]
     return start(train.main, [*argv, "--resume=true"] if resume else argv, log, room)
 
 
@@ -98,30 +96,18 @@ def saved(folder: Path) -> int:
     return load_checkpoint(folder)["progress"]["step"]
 
 
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 # ----------------------------------------------------------------------------------------------
 # the campaigns: each adds to `found`
 
 
 def stopped_runs(count: int, stop, base: Path, data: Path, draw, found: Counter) -> None:
-    """
-    stop(folder, log) -> steps that the run may lose. After it the run is resumed, or begun again.
-    """
+    """stop(folder, log, data, draw) -> steps that a run may lose. Then it is resumed, or begun."""
     log = base / "log.txt"
     for _ in range(count):
         folder = base / "run"
         shutil.rmtree(folder, ignore_errors=True)
         steps_done.value = 0
-        may_lose = stop(folder, log)
+        may_lose = stop(folder, log, data, draw)
         found["lost"] += steps_done.value - saved(folder) > may_lose
         found["tracebacks"] += "Traceback" in log.read_text()
         if saved(folder) < saved(base / "whole"):
@@ -131,7 +117,7 @@ def stopped_runs(count: int, stop, base: Path, data: Path, draw, found: Counter)
         found["changed"] += not same(*ends)
 
 
-def kill(folder: Path, log: Path, data: Path, seconds: float, draw) -> int:
+def kill(folder: Path, log: Path, data: Path, draw, seconds: float) -> int:
     pid, number = training(folder, data, log, False), draw.choice(SIGNALS)
     time.sleep(draw.uniform(0, seconds))
     os.kill(pid, number)
@@ -139,10 +125,10 @@ def kill(folder: Path, log: Path, data: Path, seconds: float, draw) -> int:
     return EVERY if number == signal.SIGKILL else 0
 
 
-def fill(folder: Path, log: Path, data: Path, size: int, draw) -> int:
+def fill(folder: Path, log: Path, data: Path, draw, size: int) -> int:
     room = draw.randint(8192, size)  # enough for what it prints
     os.waitpid(training(folder, data, log, False, room), 0)
-    return 60  # nothing can be saved
+    return STEPS  # nothing can be saved
 
 
 def preparations(count: int, base: Path, draw, found: Counter) -> None:
@@ -177,17 +163,17 @@ def content(folder: Path) -> list:
 
 def damages(count: int, base: Path, data: Path, draw, found: Counter) -> None:
     """Of all files in turn: one bit is flipped, or the end is cut off."""
-    files = {base / "whole" / "checkpoint.pt": base / "whole"}
-    files |= {data / name: data for name in ("meta.json", "train.bin", "val.bin", "test.bin")}
+    names = ("meta.json", "train.bin", "val.bin", "test.bin")
+    files = [(base / "whole" / "checkpoint.pt", load_checkpoint)]
+    files = [*files, *((data / name, content) for name in names)]
+    sound_files = [(path, read, path.read_bytes(), read(path.parent)) for path, read in files]
     for i in range(count):
-        path, folder = list(files.items())[i % len(files)]
-        sound = path.read_bytes()
-        read = load_checkpoint if folder == base / "whole" else content
-        before, at, damaged = read(folder), draw.randrange(len(sound)), bytearray(sound)
+        path, read, sound, before = sound_files[i % len(files)]
+        at, damaged = draw.randrange(len(sound)), bytearray(sound)
         damaged[at] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged if draw.random() < 0.7 else sound[:at])
         try:
-            found["unnoticed"] += not same(read(folder), before)
+            found["unnoticed"] += not same(read(path.parent), before)
         except DataError:
             found["refused"] += 1
         except Exception:
@@ -214,8 +200,7 @@ def main(argv: list[str]) -> None:
         began = time.monotonic()
         os.waitpid(training(base / "whole", data, base / "log.txt", False), 0)
         seconds, size = time.monotonic() - began, (base / "whole/checkpoint.pt").stat().st_size
-        killed = partial(kill, data=data, seconds=seconds, draw=draw)
-        filled = partial(fill, data=data, size=size, draw=draw)
+        killed, filled = partial(kill, seconds=seconds), partial(fill, size=size)
         campaigns = {
             "killed": (config.kills, partial(stopped_runs, stop=killed, data=data)),
             "disk full": (config.full, partial(stopped_runs, stop=filled, data=data)),

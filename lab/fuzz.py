@@ -65,8 +65,7 @@ def call(entry, argv: list[str], name: str, found: Counter) -> str:
         found["accepted"] += 1
     except SystemExit as end:
         found["refused" if end.code else "accepted"] += 1
-        bare = isinstance(end.code, int) and end.code != 2  # 2: argparse, which says why
-        found["silent"] += bare and end.code != 0
+        found["silent"] += isinstance(end.code, int) and end.code not in (0, 2)  # argparse: 2
     except BaseException as error:
         found["tracebacks"] += 1
         print(f"{name} {argv}: {type(error).__name__}: {error}", flush=True)
@@ -110,7 +109,7 @@ def main(argv: list[str]) -> None:
     draw, found = random.Random(config.seed), Counter(tracebacks=0, silent=0, shown=0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home, contextlib.chdir(home):
-        call(lambda _: rows.main([*DATA, "--out=data"]), [], "prepare.py", found)
+        call(rows.main, [*DATA, "--out=data"], "prepare.py", found)
         sound = [*FEW.split(), "--data=data", "--out=model", "--report=false"]
         call(train.main, sound, "train.py", found)
         for _ in range(config.cases):
@@ -129,8 +128,7 @@ def main(argv: list[str]) -> None:
             if which in ("rows", "text"):
                 Path("file").write_bytes(blob(draw, ROWS if which == "rows" else LETTERS))
                 entry = rows.main if which == "rows" else texts.main
-                odd = ["--input=file", "--out=made"]
-                call(lambda _, entry=entry, odd=odd: entry(odd), odd, "prepare.py", found)
+                call(entry, ["--input=file", "--out=made"], "prepare.py", found)
     print(f"{config.cases} calls; " + ", ".join(f"{n} {what}" for what, n in found.items()))
     sys.exit(bool(found["tracebacks"] + found["silent"] + found["shown"]))
 

@@ -159,14 +159,3 @@ def small(data, out, **changes):
     sizes = {"n_embd": 32, "n_bits": 3, "batch_tokens": 200, "steps": 20, "eval_rows": 20}
     where = {"data": str(data), "out": str(out), "device": "cpu", "report": False}
     return Config(**(sizes | where | changes))
-
-
-def same(a, b):
-    """Bit for bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b

@@ -22,62 +22,198 @@ TESTS = ("loss", "grid", "model", "curriculum", "train")  # those that look insi
 MUTANTS = {
     # thoughts
     "the echo is dropped": ("train.py", "x[:, :1] + echo[:, None]", "x[:, :1]"),
-    "the echo has no gradient": ("model.py", "soft - soft.detach()", "soft.detach() - soft.detach()"),
+    "the echo has no gradient": (
+        "model.py",
+        "soft - soft.detach()",
+        "soft.detach() - soft.detach()",
+    ),
     "a given thought is echoed": ("train.py", "echo = echo * (given < 0)[:, None]", "pass"),
     "bits are drawn without noise": ("model.py", "h.tanh() + self.NOISE * noise", "h.tanh()"),
-    "log p of a thought ignores the noise": ("model.py", "self.bits(thought) / self.NOISE", "self.bits(thought)"),
-    "bits count from the other end": ("model.py", "2 ** torch.arange(n_bits)", "2 ** torch.arange(n_bits).flip(0)"),
-    "swapped thoughts are one's own": ("model.py", "thought.roll(1, dims=0)", "thought.roll(0, dims=0)"),
-    "random thoughts are the model's": ("model.py", "draw(torch.zeros_like(h), generator)", "draw(h, generator)"),
+    "log p of a thought ignores the noise": (
+        "model.py",
+        "self.bits(thought) / self.NOISE",
+        "self.bits(thought)",
+    ),
+    "bits count from the other end": (
+        "model.py",
+        "2 ** torch.arange(n_bits)",
+        "2 ** torch.arange(n_bits).flip(0)",
+    ),
+    "swapped thoughts are one's own": (
+        "model.py",
+        "thought.roll(1, dims=0)",
+        "thought.roll(0, dims=0)",
+    ),
+    "random thoughts are the model's": (
+        "model.py",
+        "draw(torch.zeros_like(h), generator)",
+        "draw(h, generator)",
+    ),
     # visibility
-    "the window is one wider": ("model.py", "key.position[:, None, :] < window", "key.position[:, None, :] <= window"),
-    "a cut hides nothing": ("model.py", "near & (query.segment[:, :, None] == key.segment[:, None, :])", "near"),
-    "RECALL sees what others see": ("model.py", "near | (query.sees_all[:, :, None] & before)", "near"),
+    "the window is one wider": (
+        "model.py",
+        "key.position[:, None, :] < window",
+        "key.position[:, None, :] <= window",
+    ),
+    "a cut hides nothing": (
+        "model.py",
+        "near & (query.segment[:, :, None] == key.segment[:, None, :])",
+        "near",
+    ),
+    "RECALL sees what others see": (
+        "model.py",
+        "near | (query.sees_all[:, :, None] & before)",
+        "near",
+    ),
     "what nobody may see is seen": ("model.py", "near = near & key.seen[:, None, :]", "pass"),
     "positions do not turn": ("model.py", "*rotate(qkv[:2], *turn)", "*qkv[:2]"),
-    "the cache forgets too much": ("model.py", "slice(-count, None) if count", "slice(1 - count, None) if count > 1"),
+    "the cache forgets too much": (
+        "model.py",
+        "slice(-count, None) if count",
+        "slice(1 - count, None) if count > 1",
+    ),
     # forgetting
     "nothing is cut": ("train.py", '"cuts": cuts & cut', '"cuts": cuts & False'),
     "all are cut": ("train.py", '"cuts": cuts & cut', '"cuts": cuts'),
-    "what is cut need not think": ("train.py", "torch.where(thinks, THINK, NO_THOUGHT)", "torch.where(thinks, UNFORCED, NO_THOUGHT)"),
+    "what is cut need not think": (
+        "train.py",
+        "torch.where(thinks, THINK, NO_THOUGHT)",
+        "torch.where(thinks, UNFORCED, NO_THOUGHT)",
+    ),
     "the gate decides nowhere": ("train.py", ".masked_fill(decides[:, None], UNFORCED)", ""),
-    "where the gate decides there is one cut": ("train.py", "torch.where(decides[:, None] | is_text,", "torch.where(is_text,"),
-    "a cut needs a thought": ("train.py", "segment + cuts[:, t, None]", "segment + (cuts[:, t] & asked)[:, None]"),
+    "where the gate decides there is one cut": (
+        "train.py",
+        "torch.where(decides[:, None] | is_text,",
+        "torch.where(is_text,",
+    ),
+    "a cut needs a thought": (
+        "train.py",
+        "segment + cuts[:, t, None]",
+        "segment + (cuts[:, t] & asked)[:, None]",
+    ),
     "nothing jumps": ("train.py", "count = count + jumps[:, t, None]", "pass"),
     "a text jumps": ("train.py", "one & ~cut & ~is_text", "one & ~cut"),
     "a window jumps": ("train.py", "not c.window and self.model.position is None", "True"),
     # the hybrid loss
-    "thinking cells are not charged": ("train.py", "thinking_weight * (grid.thinks | grid.recalls)", "0 * (grid.thinks | grid.recalls)"),
-    "the gate is taught the contrary": ("train.py", "return -mean(advantage.detach()", "return mean(advantage.detach()"),
-    "the gate's advantage has a gradient": ("train.py", "mean(advantage.detach() *", "mean(advantage *"),
+    "thinking cells are not charged": (
+        "train.py",
+        "thinking_weight * (grid.thinks | grid.recalls)",
+        "0 * (grid.thinks | grid.recalls)",
+    ),
+    "the gate is taught the contrary": (
+        "train.py",
+        "return -mean(advantage.detach()",
+        "return mean(advantage.detach()",
+    ),
+    "the gate's advantage has a gradient": (
+        "train.py",
+        "mean(advantage.detach() *",
+        "mean(advantage *",
+    ),
     "thoughts are for nothing": ("train.py", "price = config.think_cost * paid", "price = 0.0"),
-    "thoughts cost in the warm-up": ("train.py", "price = config.think_cost * paid", "price = config.think_cost"),
-    "there is no baseline": ("train.py", "returns - baseline(returns, cost, config.rollouts)", "returns"),
-    "a rollout is its own baseline": ("train.py", "(groups.sum(dim=1, keepdim=True) - groups) / (rollouts - 1)", "groups.mean(dim=1, keepdim=True).expand_as(groups)"),
+    "thoughts cost in the warm-up": (
+        "train.py",
+        "price = config.think_cost * paid",
+        "price = config.think_cost",
+    ),
+    "there is no baseline": (
+        "train.py",
+        "returns - baseline(returns, cost, config.rollouts)",
+        "returns",
+    ),
+    "a rollout is its own baseline": (
+        "train.py",
+        "(groups.sum(dim=1, keepdim=True) - groups) / (rollouts - 1)",
+        "groups.mean(dim=1, keepdim=True).expand_as(groups)",
+    ),
     "the horizon is ignored": ("train.py", "if not horizon:", "if True:"),
-    "all sequences teach the gate": ("train.py", "here = grid.asked & teaches & ~shown", "here = grid.asked & ~shown"),
-    "the prompt counts": ("train.py", "(t + 1 >= batch.prompt[:, None])", "(t + 1 >= 0 * batch.prompt[:, None])"),
+    "all sequences teach the gate": (
+        "train.py",
+        "here = grid.asked & teaches & ~shown",
+        "here = grid.asked & ~shown",
+    ),
+    "the prompt counts": (
+        "train.py",
+        "(t + 1 >= batch.prompt[:, None])",
+        "(t + 1 >= 0 * batch.prompt[:, None])",
+    ),
     "demonstrations do not say when": ("train.py", " - mean(when, grid.asked & shown)", ""),
-    "the observer learns the contrary": ("train.py", "targets = [out.loss, worth, -returns]", "targets = [out.loss, -worth, returns]"),
-    "the observer shapes what it watches": ("model.py", "for layer in self.layers], dim=-1).detach()", "for layer in self.layers], dim=-1)"),
+    "the observer learns the contrary": (
+        "train.py",
+        "targets = [out.loss, worth, -returns]",
+        "targets = [out.loss, -worth, returns]",
+    ),
+    "the observer shapes what it watches": (
+        "model.py",
+        "for layer in self.layers], dim=-1).detach()",
+        "for layer in self.layers], dim=-1)",
+    ),
     "the gate shapes the trunk": ("model.py", "apart = gate_input.detach()", "apart = gate_input"),
-    "REVISE is never right": ("train.py", "aim = target[:, at // S].masked_fill(slot == S + WRONG_SLOT, V)", "aim = target[:, at // S]"),
+    "REVISE is never right": (
+        "train.py",
+        "aim = target[:, at // S].masked_fill(slot == S + WRONG_SLOT, V)",
+        "aim = target[:, at // S]",
+    ),
     # the loop
-    "the learning rate never falls": ("train.py", "0.5 * (1 - math.cos(math.pi * min(1, rest / FALL)))", "1.0"),
+    "the learning rate never falls": (
+        "train.py",
+        "0.5 * (1 - math.cos(math.pi * min(1, rest / FALL)))",
+        "1.0",
+    ),
     "the learning rate never rises": ("train.py", "min(1, (step + 1) / RISE) * ", ""),
-    "the gradient is not clipped": ("train.py", "clip_grad_norm_(some, CLIP)", "clip_grad_norm_(some, 1e9)"),
+    "the gradient is not clipped": (
+        "train.py",
+        "clip_grad_norm_(some, CLIP)",
+        "clip_grad_norm_(some, 1e9)",
+    ),
     "gates have everybody's rate": ("model.py", "(gates, gate_lr, 0.0)", "(gates, lr, 0.0)"),
     "weights do not decay": ("model.py", "(blocks, lr, decay)", "(blocks, lr, 0.0)"),
-    "nothing is explored": ("train.py", "dataclasses.replace(self.thinking, explore=c.explore)", "self.thinking"),
-    "several rollouts are different": ("train.py", "own = torch.where(teaches, own // rollouts * rollouts, own)", "pass"),
-    "all sequences have several rollouts": ("train.py", "(torch.rand(groups, device=device) * rollouts < 1)", "(torch.rand(groups, device=device) < 1)"),
-    "nothing is ever mastered": ("train.py", "if self.right > MASTERED and", "if self.right > 1.5 and"),
-    "the levels that are left never come": ("train.py", "[: self.stage] + [len(self.every)], 0.0", "[: self.stage] + [self.stages[self.stage]], 0.0"),
-    "mastered is learned": ("train.py", "self.learned and self.right > LEARNED and", "self.learned and"),
-    "what is learned goes on": ("train.py", "if self.learned_at is None:\n            return steps - step", "if True:\n            return steps - step"),
-    "thoughts never cost": ("train.py", "            self.paid = True", "            self.paid = False"),
-    "every step draws the same": ("train.py", "hash((c.seed, self.step, RANK))", "hash((c.seed, RANK))"),
-}  # fmt: skip
+    "nothing is explored": (
+        "train.py",
+        "dataclasses.replace(self.thinking, explore=c.explore)",
+        "self.thinking",
+    ),
+    "several rollouts are different": (
+        "train.py",
+        "own = torch.where(teaches, own // rollouts * rollouts, own)",
+        "pass",
+    ),
+    "all sequences have several rollouts": (
+        "train.py",
+        "(torch.rand(groups, device=device) * rollouts < 1)",
+        "(torch.rand(groups, device=device) < 1)",
+    ),
+    "nothing is ever mastered": (
+        "train.py",
+        "if self.right > MASTERED and",
+        "if self.right > 1.5 and",
+    ),
+    "the levels that are left never come": (
+        "train.py",
+        "[: self.stage] + [len(self.every)], 0.0",
+        "[: self.stage] + [self.stages[self.stage]], 0.0",
+    ),
+    "mastered is learned": (
+        "train.py",
+        "self.learned and self.right > LEARNED and",
+        "self.learned and",
+    ),
+    "what is learned goes on": (
+        "train.py",
+        "if self.learned_at is None:\n            return steps - step",
+        "if True:\n            return steps - step",
+    ),
+    "thoughts never cost": (
+        "train.py",
+        "            self.paid = True",
+        "            self.paid = False",
+    ),
+    "every step draws the same": (
+        "train.py",
+        "hash((c.seed, self.step, RANK))",
+        "hash((c.seed, RANK))",
+    ),
+}
 
 
 def mutated(name: str) -> tuple[str, str]:

@@ -200,19 +200,19 @@ def test_a_step_draws_what_the_curriculum_says_and_tells_it_what_was_right(train
 
 def test_where_the_gate_decides_a_sequence_has_several_rollouts_all_cut_at_the_same_place(trainer):
     trainer.curriculum.stage = 3  # all levels are in use
-    before, plan, free = trainer.draw()
-    assert free.all() and plan["cuts"].sum(dim=1).max() == 1, (
+    before, plan, teaches = trainer.draw()
+    assert teaches.all() and plan["cuts"].sum(dim=1).max() == 1, (
         "in the warm-up nothing stands there twice"
     )
     trainer.paid, most = True, {True: 0, False: 0}
     for _ in range(10):
-        batch, plan, free = trainer.draw()
+        batch, plan, teaches = trainer.draw()
         assert len(batch.real) // 4 == len(before.real) // 4, "all rollouts are counted"
         alike = torch.cat([batch.real, plan["cuts"], plan["jumps"]], dim=1).unflatten(0, (-1, 4))
         alike = (alike == alike[:, :1]).flatten(1).all(dim=1)
-        assert torch.equal(free, free[::4].repeat_interleave(4)) and alike[free[::4]].all()
-        for one in free.unique().tolist():
-            most[one] = max(most[one], int(plan["cuts"][free == one].sum(dim=1).max()))
+        assert torch.equal(teaches, teaches[::4].repeat_interleave(4)) and alike[teaches[::4]].all()
+        for one in teaches.unique().tolist():
+            most[one] = max(most[one], int(plan["cuts"][teaches == one].sum(dim=1).max()))
     assert most[False] == 1 < most[True], "where the gate decides, many thoughts are needed"
 
 

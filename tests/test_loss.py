@@ -441,13 +441,13 @@ def test_wrong_tokens_are_tried_in_the_place_of_those_of_an_answer():
 # the whole
 
 
-FREE = torch.ones(8, dtype=torch.bool)  # everywhere the gate decides
+ALL_TEACH = torch.ones(8, dtype=torch.bool)  # everywhere the gate decides
 
 
 def test_a_plain_model_pays_cross_entropy_and_nothing_else(tiny):
     model, real = tiny(n_bits=0), torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     grid, out = rollout(model, real, torch.tensor([4, 4]), Thinking())
-    how = batch_of(grid, 1), FREE[:2], Config(n_bits=0), False
+    how = batch_of(grid, 1), ALL_TEACH[:2], Config(n_bits=0), False
     terms = hybrid_loss(model, grid, out, *how)
     logits = model(real[:, :-1]).logits
     wanted = F.cross_entropy(logits.flatten(0, 1), real[:, 1:].flatten())
@@ -534,8 +534,8 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
         revise=1e-12 if sizes else 0.0, horizon=horizon,
     )  # fmt: skip
     segment = segments(grid, cuts)
-    free = torch.arange(12) != 3  # it is told when to think
-    found = hybrid_loss(model, grid, out, batch, free, config, True)
+    teaches = torch.arange(12) != 3  # it is told when to think
+    found = hybrid_loss(model, grid, out, batch, teaches, config, True)
 
     def log_p(one, t, slot):
         """Of the thought that follows."""
@@ -552,10 +552,10 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
         for t, slot in one.emitting():
             advantage = sum(o[t, 0] for o in group) / 3 - to_go[b][t, slot]
             did = one.does(t, slot)
-            if slot < 2 and not batch.shown[b] and free[b]:
+            if slot < 2 and not batch.shown[b] and teaches[b]:
                 p = explore + (1 - 2 * explore) * one.cells[t, slot].gate.sigmoid()
                 gate.append(-advantage * (p if did == "think" else 1 - p).log())
-            if slot < 3 and did != "think" and free[b]:
+            if slot < 3 and did != "think" and teaches[b]:
                 p = explore + (1 - 2 * explore) * one.cells[t, slot].recall.sigmoid()
                 recall.append(-advantage * (p if did == "recall" else 1 - p).log())
     wanted["gate"] = sum(gate) / len(gate)
@@ -578,7 +578,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
         for b, one in enumerate(full):
             rest = one.to_go(0.0, horizon)
             group = [full[o] for o in range(b - b % 4, b - b % 4 + 4)]
-            for t, slot in one.emitting() if free[b] else []:
+            for t, slot in one.emitting() if teaches[b] else []:
                 predicted, worth, cost_to_go = one.cells[t, slot].readings
                 errors["predicted"].append((predicted - one.loss(t, slot).detach()) ** 2)
                 errors["to go"].append((cost_to_go - to_go[b][t, slot]) ** 2)
@@ -606,7 +606,7 @@ def test_in_the_warm_up_thoughts_are_free_and_the_gate_is_left_alone(tiny):
     for price in (0.0, 5.0):
         config = Config(n_bits=D_BITS, observer="0,1", think_cost=price)
         for paid in (False, True):
-            how = batch_of(grid, 4), FREE, config, paid
+            how = batch_of(grid, 4), ALL_TEACH, config, paid
             terms = hybrid_loss(model, grid, out, *how)
             losses[price, paid] = {name: term.item() for name, term in terms.items()}
     assert losses[0.0, False] == losses[5.0, False] and "gate" not in losses[5.0, False]

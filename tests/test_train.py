@@ -10,12 +10,13 @@ import sys
 
 import pytest
 import torch
-from conftest import AUTOMATA, ROOT, prepare, same, small
+from conftest import AUTOMATA, ROOT, prepare, small
 
 import runs
 import train
 from data.dataset import DataError, write_rows
 from model import GPT, Thinking, generate
+from runs import same
 from train import CLIP, FALL, RISE, Config, Trainer, evaluate, rollout, schedule
 
 WATCHED = {"observer": "0", "explore": 0.1}
@@ -110,9 +111,9 @@ def test_thoughts_are_forced_but_where_the_gate_decides(chains, tmp_path, monkey
         seen["cuts"], (seen["grid"], out) = cuts, rollout(*what, cuts=cuts, **how)
         return seen["grid"], out
 
-    def add_up(model, grid, out, batch, free, *others):
-        seen["free"] = free
-        return train_loss(model, grid, out, batch, free, *others)
+    def add_up(model, grid, out, batch, teaches, *others):
+        seen["teaches"] = teaches
+        return train_loss(model, grid, out, batch, teaches, *others)
 
     monkeypatch.setattr(train, "rollout", walk)
     monkeypatch.setattr(train, "hybrid_loss", add_up)
@@ -126,9 +127,9 @@ def test_thoughts_are_forced_but_where_the_gate_decides(chains, tmp_path, monkey
     with torch.no_grad():
         trainer.model.gate.out.bias.fill_(-100.0)
     trainer.train_step()
-    grid, free = seen["grid"], seen["free"]
-    assert 10 < free.sum() < len(free) - 10 and not grid.thinks[free].any()
-    assert torch.equal(grid.thinks[~free][:, :, 0], grid.present[~free][:, :, 0])
+    grid, teaches = seen["grid"], seen["teaches"]
+    assert 10 < teaches.sum() < len(teaches) - 10 and not grid.thinks[teaches].any()
+    assert torch.equal(grid.thinks[~teaches][:, :, 0], grid.present[~teaches][:, :, 0])
 
 
 def test_positions_jump_only_where_thoughts_can_bridge_it(chains, tmp_path, monkeypatch):

@@ -34,7 +34,15 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import THOUGHT, DataError, Vocabulary, check_tags, untagged, write_rows
+from data.dataset import (
+    THOUGHT,
+    DataError,
+    Vocabulary,
+    check_tags,
+    one_sentence,
+    untagged,
+    write_rows,
+)
 
 TEST_LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32, 64, 128, 1024)
 N_VAL, N_TEST = 500, 500  # rows a level, at most
@@ -241,7 +249,7 @@ def parse(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse(argv)
     draw = random.Random(args.seed)
-    try:
+    with one_sentence(args.out):
         check(args)
         if args.input:
             levels, test, task = of_a_file(args.input, draw)
@@ -269,10 +277,6 @@ def main(argv=None) -> None:
             longest = [untagged(row) for row, n in val if n == args.levels]
             truth = probe(vocabulary, longest, args.modulus)
             (out / "probe.json").write_text(json.dumps(truth))
-    except DataError as error:
-        sys.exit(f"prepare.py: {error}")
-    except OSError as error:
-        sys.exit(f"prepare.py: cannot write to {args.out} ({error.strerror})")
     print(f"{task}: vocabulary of {len(meta['vocab'])}, written to {out}")
 
 

@@ -46,7 +46,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.arithmetic.prepare import distinct, split
-from data.dataset import DataError, Vocabulary, write_rows
+from data.dataset import DataError, Vocabulary, one_sentence, write_rows
 
 TEST_LEVELS = (16, 24, 48, 100, 500)
 TRIES = 10_000  # draws of an automaton before giving up
@@ -325,7 +325,7 @@ def parse(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse(argv)
     draw, n_val, n_test = random.Random(args.seed), 500, 200
-    try:
+    with one_sentence(args.out):
         check(args)
         given = ("states", "letters", "permutations", "generators", "automaton")
         options = {name: getattr(args, name) for name in given}
@@ -356,10 +356,6 @@ def main(argv=None) -> None:
         longest = [row for row, n in val if n == sizes[-1]]
         truth = probe(machine, vocabulary, longest[:n_val])
         (out / "probe.json").write_text(json.dumps(truth))
-    except DataError as error:
-        sys.exit(f"prepare.py: {error}")
-    except OSError as error:
-        sys.exit(f"prepare.py: cannot write to {args.out} ({error.strerror})")
     print(f"{task}: vocabulary of {len(vocab)}, written to {out}")
 
 

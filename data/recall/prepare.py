@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.arithmetic.prepare import N_VAL, distinct, split
-from data.dataset import DataError, write_rows
+from data.dataset import DataError, one_sentence, write_rows
 
 FILLER = ".,-"
 
@@ -61,7 +61,7 @@ def main(argv=None) -> None:
     add("--out", str(Path(__file__).parent), "folder; beside this file by default")
     args = parser.parse_args(argv)
     draw = random.Random(args.seed)
-    try:
+    with one_sentence(args.out):
         check(args)
         sizes = (args.letters, args.digits, args.filler, draw)
         levels = {}
@@ -79,10 +79,6 @@ def main(argv=None) -> None:
         meta = {"task": task, "vocab": vocab, "row_end": "\n", "answer_after": "?"}
         meta |= {"level": "assignments", "seed": args.seed}
         write_rows(Path(args.out), meta, {"train": train, "val": val})
-    except DataError as error:
-        sys.exit(f"prepare.py: {error}")
-    except OSError as error:
-        sys.exit(f"prepare.py: cannot write to {args.out} ({error.strerror})")
     print(f"{task}: vocabulary of {len(vocab)}, written to {args.out}")
 
 

