@@ -107,6 +107,7 @@ SETS = {
         ("text", "plain"): "train.py config/shakespeare_plain.toml --report=true",
         ("text", "thinking"): "train.py config/shakespeare.toml --plain={plain}",
         ("text", "notes"): f"{NOTES} && lab/study.py --plain={{plain}}",
+        ("text", "notes_12"): f"{NOTES} --n_bits=12 && lab/study.py --plain={{plain}}",
         ("text", "notes_16"): f"{NOTES} --n_bits=16 && lab/study.py --plain={{plain}}",
     },
     "control": {
@@ -223,14 +224,28 @@ def row(folder: Path, columns: dict) -> list[str]:
     return [*cells, f"{numbers['report/seconds']:.0f}"]
 
 
+def span(cells: list[str]) -> str:
+    """Cells of one column -> the least and the largest."""
+    values = sorted(set(cells) - {"-"}, key=float)
+    return " to ".join(dict.fromkeys([values[0], values[-1]])) if values else "-"
+
+
 def table(name: str, runs: list[tuple[str, str, str]]) -> None:
-    """Print a Markdown table: a line for each (task, model, seed) that has a report."""
-    heads = ["task", "model", "seed", *TABLES[name], "seconds"]
+    """
+    Print a Markdown table: a line for each (task, model, seed) that has a report; and behind those
+    of several seeds one more, from their least to their largest numbers.
+    """
+    heads, seeds = ["task", "model", "seed", *TABLES[name], "seconds"], {}
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for task, model, seed in runs:
         folder = ROOT / OUT / name / task / f"{model}_{seed}"
         if (folder / "report.json").exists():
-            print(f"| {' | '.join([task, model, seed, *row(folder, TABLES[name])])} |")
+            seeds.setdefault((task, model), {})[seed] = row(folder, TABLES[name])
+    for job, rows in seeds.items():
+        if len(rows) > 1:
+            rows[f"{len(rows)} seeds"] = [span(column) for column in zip(*rows.values())]
+        for seed, cells in rows.items():
+            print(f"| {' | '.join([*job, seed, *cells])} |")
 
 
 # ----------------------------------------------------------------------------------------------

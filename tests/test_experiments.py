@@ -55,6 +55,11 @@ def test_a_row_of_the_table_by_hand(tmp_path, monkeypatch, capsys):
     ]
 
 
+def test_several_seeds_end_in_a_line_from_least_to_largest():
+    columns = [["0.9", "0.95", "1.0"], ["1.0", "1.0"], ["-", "-"], ["98", "101"]]
+    assert [experiments.span(x) for x in columns] == ["0.9 to 1.0", "1.0", "-", "98 to 101"]
+
+
 def test_a_set_runs_what_is_missing_and_no_more(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "OUT", tmp_path)
     quick = "lab/variants/gru.py --steps=3 --eval_rows=5 --n_embd=8"
@@ -63,7 +68,7 @@ def test_a_set_runs_what_is_missing_and_no_more(tmp_path, monkeypatch, capsys):
     experiments.main(["automata", "--seeds=1,2", "--jobs=0"])
     assert capsys.readouterr().out.count("\n") == 2, "nothing is there"
     experiments.main(["automata", "--seeds=1,2", "--jobs=1"])
-    assert capsys.readouterr().out.count("| parity | gru | ") == 2
+    assert capsys.readouterr().out.count("| parity | gru | ") == 3, "two seeds, and their span"
     report = tmp_path / "automata" / "parity" / "gru_1" / "report.json"
     written = report.stat().st_mtime_ns
     experiments.main(["automata", "--models=gru"])
