@@ -15,9 +15,9 @@ from conftest import ROOT, call, small
 import train
 from data.arithmetic.prepare import chain
 from data.dataset import DataError, Vocabulary, load_vocabulary
-from model import GPT, GPTConfig, Thinking, generate
+from model import GPT, Thinking, generate
 from runs import load_model, save_checkpoint
-from workshop import play
+from workshop import kit, play
 
 NODE = shutil.which("node")
 BUILT = ROOT / "workshop/play.html"
@@ -141,12 +141,7 @@ def built():
     """-> the page that stands in workshop/, what it holds, and its model."""
     html = BUILT.read_text(encoding="utf-8")
     found = json.loads(re.search(r'id="model">(.*?)</script>', html, re.DOTALL)[1])
-    sizes = {k: v for k, v in found["network"].items() if k not in ("watched", "frequency")}
-    model = GPT(GPTConfig(**sizes)).eval()
-    blob = torch.frombuffer(bytearray(play.base64.b64decode(found["weights"])), dtype=torch.float32)
-    parts = blob.split([torch.Size(shape).numel() for shape in found["shapes"].values()])
-    for (name, shape), part in zip(found["shapes"].items(), parts):
-        model.get_parameter(name).data = part.view(shape)
+    model = kit.from_page(BUILT).gpt
     return html, found, model
 
 
