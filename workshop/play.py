@@ -6,8 +6,8 @@ Write a page in which a trained model runs: one file for any browser, weights in
 
 The page is play.in.html with gpt.js, the network in JavaScript, and with what `payload` collects:
 sizes, weights, held-out rows to try, and what each thought means, counted by lab/report.py. It
-answers greedily, as sample.py does. Not for models with RECALL, REVISE, learned positions or byte
-pairs, nor for running text.
+answers greedily, as sample.py does; a gate that was never taught thinks where it was made to in
+training. Not for models with RECALL, REVISE or learned positions, nor for running text.
 """
 
 import base64
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.dataset import DataError, Rows, Vocabulary, load_split
+from data.dataset import DataError, Vocabulary, load_split
 from lab.report import meaning
 from model import GPT
 from options import load_config, option, run
@@ -53,7 +53,6 @@ def held_out(folder: Path, vocabulary: Vocabulary, block: int) -> list[dict]:
     names = ["val", "test"] if (folder / "test.bin").exists() else ["val"]
     found = []
     for rows in (load_split(folder, name, vocabulary, block) for name in names):
-        assert isinstance(rows, Rows)  # see check
         for level in rows.levels:
             batch = rows.first(ROWS, level)
             for real, prompt, length in zip(batch.real, batch.prompt, batch.length):
