@@ -58,6 +58,18 @@ function softmax(x) {
   return x
 }
 
+// x behind all that `kept` holds, at n * x.length; -> kept, or a larger copy
+function append(kept, x, n) {
+  const at = n * x.length
+  if (at + x.length > kept.length) {
+    const larger = new Float64Array(2 * (at + x.length))
+    larger.set(kept)
+    kept = larger
+  }
+  kept.set(x, at)
+  return kept
+}
+
 const add = (x, y) => x.map((a, i) => a + y[i])
 const join = (...parts) => Float64Array.from(parts.flatMap(part => [...part]))
 
@@ -95,27 +107,27 @@ function attention(net, layer, x, below, cache, window) {
     k = join(k, kv.slice(0, hs))
     v = join(v, kv.slice(hs))
   }
-  const count = heads + watches, kept = cache.layers[layer]
+  const count = heads + watches, width = count * hs, kept = cache.layers[layer]
   for (let head = 0; head < count; head++) {
     for (const part of [q, k]) {
       rotate(part.subarray(head * hs, head * hs + hs), cache.position, frequency)
     }
   }
-  kept.push({ k, v })
-  if (window && kept.length > window) kept.shift()
-  const y = new Float64Array(count * hs), looked = []
+  const last = cache.position, first = window ? Math.max(0, last - window + 1) : 0
+  const keys = kept.k = append(kept.k, k, last), values = kept.v = append(kept.v, v, last)
+  const y = new Float64Array(width), looked = []
   for (let at = 0; at < y.length; at += hs) {
-    const p = new Float64Array(kept.length)
+    const p = new Float64Array(last - first + 1)
     for (let c = 0; c < p.length; c++) {
-      const key = kept[c].k
+      const cell = (first + c) * width
       let score = 0
-      for (let i = at; i < at + hs; i++) score += q[i] * key[i]
+      for (let i = at; i < at + hs; i++) score += q[i] * keys[cell + i]
       p[c] = score / Math.sqrt(hs)
     }
     softmax(p)
     for (let c = 0; c < p.length; c++) {
-      const value = kept[c].v, share = p[c]
-      for (let i = at; i < at + hs; i++) y[i] += share * value[i]
+      const cell = (first + c) * width
+      for (let i = at; i < at + hs; i++) y[i] += p[c] * values[cell + i]
     }
     looked.push(p)
   }
@@ -123,7 +135,8 @@ function attention(net, layer, x, below, cache, window) {
   return { y: linear(net, name + ".proj", y), sensed, looked }
 }
 
-const emptyCache = net => ({ position: 0, layers: Array.from({ length: net.layers }, () => []) })
+const nothing = () => ({ k: new Float64Array(0), v: new Float64Array(0) })
+const emptyCache = net => ({ position: 0, layers: Array.from({ length: net.layers }, nothing) })
 
 /*
 One cell, the id of a token or a thought, through the network; the cache grows by it. window:
