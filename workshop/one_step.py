@@ -102,9 +102,9 @@ print(f"loss {loss:.4f} nats; ln {V} is {torch.tensor(V).log():.4f}, what a gues
 
 # %% [markdown]
 # ## 6. The gradient of one bit
-# Take the thought behind `+4`. g is the gradient of the loss with respect to its embedding, (D,): it
-# collects what every later cell that looks at it wants changed, later thoughts included. The echo
-# carries it to h: the gradient of h_i is (1 - tanh(h_i)^2) times g W_i.
+# Take the thought behind `+4`. g is the gradient of the loss with respect to its embedding, (D,):
+# it collects what every later cell that looks at it wants changed, later thoughts included. The
+# echo carries it to h: the gradient of h_i is (1 - tanh(h_i)^2) times g W_i.
 
 # %%
 loss.backward()
