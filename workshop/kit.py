@@ -36,7 +36,8 @@ from train import UNFORCED, Config, Trainer, answers_right, as_trained, counted_
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = int(os.environ.get("NANOTHINK_STEPS", "500"))
 LEARNS = STEPS >= 500
-FOLDER = ROOT / "out/data" if LEARNS else Path(tempfile.mkdtemp())  # for data
+TEMPORARY = tempfile.TemporaryDirectory()  # gone when the program ends
+FOLDER = ROOT / "out/data" if LEARNS else Path(TEMPORARY.name)  # for data
 
 
 class Trained(NamedTuple):
@@ -64,11 +65,15 @@ def from_page(path: Path) -> Trained:
 
 @cache
 def trained() -> Trained:
-    """The main job's model: chains modulo 5."""
-    if not (LEARNS and (ROOT / "out/chain/checkpoint.pt").exists()):
-        return from_page(ROOT / "workshop/play.html")
-    gpt, vocabulary, state = load_model(str(ROOT / "out/chain"))
-    return Trained(gpt, vocabulary, as_trained(state, vocabulary))
+    """The main job's model, chains modulo 5, of out/chain if one of that job is there."""
+    page, run = ROOT / "workshop/play.html", ROOT / "out/chain"
+    ours = from_page(page)
+    if LEARNS and (run / "checkpoint.pt").exists():
+        gpt, vocabulary, state = load_model(str(run))
+        if vocabulary.tokens == ours.vocabulary.tokens and gpt.config.n_bits:
+            page, ours = run, Trained(gpt, vocabulary, as_trained(state, vocabulary))
+    print(f"the model in {page.relative_to(ROOT)}")
+    return ours
 
 
 # ----------------------------------------------------------------------------------------------
