@@ -247,6 +247,34 @@ def test_the_address_sets_all_and_the_command_is_the_same_in_python(built, brows
     assert stream == "".join(names[i] for i in ids).replace("\n", "↵")
 
 
+def test_a_lesson_waits_for_the_guess_and_boxes_come_one_by_one(built, browse):
+    script = f"""
+    const lessons = [...element('lesson').querySelectorAll('button')], said = {{}}
+    for (const lesson of lessons.slice(0, 4)) {{
+      lesson.click()
+      const before = {SAYS}
+      main.querySelector('section:nth-child(2) > button')?.click()
+      said[lesson.textContent[0]] = [before.length, {SAYS}.length, {SAYS}[1] ?? null]
+    }}
+    const own = model.rows.find(r => r.prompt === state.row), lent = model.rows.find(
+      r => r.prompt === state.second)
+    const seen = () => [...boxes[0].values()].filter(b => !b.classList.contains('late')).length
+    element('step').click()
+    element('step').click()
+    const two = seen()
+    element('all').click()
+    boxes[0].get('0.0').focus()
+    const arrow = key => document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key}}))
+    arrow('ArrowRight')
+    const at = state.chosen
+    result = [said, own.answer, lent.answer, two, seen(), boxes[0].size, at]"""
+    said, own, lent, two, every, count, at = browse(built[0], script)
+    assert said["1"] == [1, 1, None], "nothing is changed, nothing to guess"
+    assert [said[n][:2] for n in "234"] == [[1, 2]] * 3
+    assert said["3"][2] == lent != own != said["4"][2]
+    assert two == 2 and every == count and at == [0, 0, 1]
+
+
 def test_what_cannot_be_read_is_said_in_a_sentence_and_never_run(built, browse):
     script = """
     const row = element('row')
