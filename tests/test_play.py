@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from itertools import cycle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import ROOT, call, small
 
 import train
 from data.arithmetic.prepare import chain
-from data.dataset import DataError, Vocabulary, load_vocabulary
+from data.dataset import Batch, DataError, Vocabulary, load_vocabulary
 from model import GPT, Thinking, generate
 from runs import load_model, save_checkpoint
 from workshop import kit, play
@@ -39,6 +40,8 @@ def small_page(model: GPT, thinking: Thinking, vocabulary=LETTERS) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(play, "as_trained", lambda *_: thinking)
         patch.setattr(play, "held_out", lambda *_: [])
+        for name in ("load_split", "own_probe", "meaning"):
+            patch.setattr(play, name, lambda *_: None)
         patch.setattr(play, "trained_config", lambda _: train.Config())
         return play.payload(model, vocabulary, state, ROOT / "nowhere", "out/letters")
 
@@ -300,6 +303,18 @@ def test_a_page_of_ones_own_checkpoint(chains, tmp_path, browse, kind):
     task, sides, watched, priced = browse(html, script, "#mode=never&price=0.5")
     assert task.startswith("chains modulo 3") and priced == bool(watched) == ("observer" in kind)
     assert sides == (1 if kind == {"n_bits": 0} else 2)
+
+
+def test_without_a_probe_a_thought_is_known_by_the_answer_so_far(tiny):
+    model, thinking = tiny(), Thinking(greedy=True)
+    real = torch.tensor([[0, 1, 2, 3, 4], [1, 3, 0, 4, 4]])
+    batch = Batch.plain(real, torch.tensor([5, 4]), torch.tensor([4, 2]), torch.tensor([3, 3]))
+    rows = SimpleNamespace(levels=[3], first=lambda count, level: batch)
+    probe = play.own_probe(model, rows, LETTERS, thinking)
+    assert probe["rows"] == ["abcd", "bd"] and [len(line) for line in probe["labels"]] == [4, 2]
+    for question, label in (([0, 1, 2], probe["labels"][0][2]), ([1], probe["labels"][1][0])):
+        said = generate(model, [*question, 3], 8, thinking, stop=4)[len(question) + 1 :]
+        assert label == LETTERS.decode(said).rstrip("\n") and label in probe["values"]
 
 
 def test_what_cannot_be_played_is_refused_in_a_sentence(chains, tmp_path):

@@ -5,7 +5,8 @@ Write a page in which a trained model runs: one file for any browser, weights in
   python workshop/play.py --run=out/chain --out=workshop/play.html
 
 The page is play.in.html with gpt.js, the network in JavaScript, and with what `payload` collects:
-sizes, weights, held-out rows to try, and what each thought means, counted by lab/report.py. It
+sizes, weights, held-out rows to try, and what each thought means, counted by lab/report.py: with
+the data's probe.json or, where there is none, by the answer that the model has so far. It
 answers greedily, as sample.py does; a gate that was never taught thinks where it was made to in
 training. Not for models with RECALL, REVISE or learned positions, nor for running text.
 """
@@ -14,18 +15,21 @@ import base64
 import json
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.dataset import DataError, Vocabulary, load_split
+from data.dataset import DataError, Rows, Vocabulary, load_split
 from lab.report import meaning
-from model import GPT
+from model import GPT, Thinking, generate
 from options import load_config, option, run
 from runs import load_model
 from train import as_trained, trained_config
 
 HERE = Path(__file__).parent
 ROWS = 3  # held-out rows of each level that the page offers
+PROBED = 15  # rows that are labelled by the model's own answers,
+LONGEST_ANSWER = 8  # of so many tokens
 
 
 @dataclass
@@ -56,21 +60,43 @@ def held_out(folder: Path, vocabulary: Vocabulary, block: int) -> list[dict]:
         for level in rows.levels:
             batch = rows.first(ROWS, level)
             for real, prompt, length in zip(batch.real, batch.prompt, batch.length):
-                text = [
-                    vocabulary.decode(real[:prompt]),
-                    vocabulary.decode(real[prompt : length - 1]),
-                ]
-                found.append({"level": level, "prompt": text[0], "answer": text[1]})
+                row = {"level": level, "prompt": vocabulary.decode(real[:prompt])}
+                found.append(row | {"answer": vocabulary.decode(real[prompt : length - 1])})
     return found
+
+
+def own_probe(model: GPT, rows: Rows, vocabulary: Vocabulary, thinking: Thinking) -> dict:
+    """
+    A probe as in data/arithmetic/prepare.py for data that have none: the label of a token is what
+    the model would answer if the question ended there.
+    """
+    batch = rows.first(PROBED, rows.levels[-1])
+
+    @cache
+    def answer(question: tuple[int, ...]) -> str:
+        prompt = [*question, vocabulary.answer_after]
+        said = generate(model, prompt, LONGEST_ANSWER, thinking, stop=vocabulary.row_end)
+        return vocabulary.decode(i for i in said[len(prompt) :] if i != vocabulary.row_end)
+
+    prompts = [row[:n] for row, n in zip(batch.real.tolist(), batch.prompt.tolist())]
+    labels = [[answer(tuple(p[:n])) for n in range(1, len(p))] + [None] for p in prompts]
+    values = sorted({answer for line in labels for answer in line[:-1]})
+    texts = [vocabulary.decode(prompt) for prompt in prompts]
+    return {"name": "answer so far", "values": values, "rows": texts, "labels": labels}
 
 
 def payload(model: GPT, vocabulary: Vocabulary, state: dict, folder: Path, run: str) -> dict:
     """What the page holds, to be written as JSON. Raises DataError."""
     check(model, vocabulary)
     thinking, probe = as_trained(state, vocabulary), folder / "probe.json"
-    legend = None
-    if probe.exists() and model.config.n_bits:
-        legend = meaning(model, vocabulary, thinking, json.loads(probe.read_text()))
+    block, legend = trained_config(state).block, None
+    if model.config.n_bits:
+        if probe.exists():
+            labelled = json.loads(probe.read_text())
+        else:
+            rows = load_split(folder, "val", vocabulary, block)
+            labelled = own_probe(model, rows, vocabulary, thinking)
+        legend = meaning(model, vocabulary, thinking, labelled)
     after = thinking.after
     watched = model.config.watched()
     weights = {name: w.detach().float().cpu() for name, w in model.named_parameters()}
@@ -91,7 +117,7 @@ def payload(model: GPT, vocabulary: Vocabulary, state: dict, folder: Path, run: 
             "window": thinking.window,
         },
         "legend": legend,
-        "rows": held_out(folder, vocabulary, trained_config(state).block),
+        "rows": held_out(folder, vocabulary, block),
         "shapes": {name: list(w.shape) for name, w in weights.items()},
         "weights": base64.b64encode(blob).decode(),
     }
