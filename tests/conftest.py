@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+os.environ.setdefault("NANOTHINK_STEPS", "5")  # of workshop/kit.py's small runs
 
 from data.dataset import Batch  # noqa: E402
 from model import GPT, Cells, GPTConfig, Output, Thinking  # noqa: E402

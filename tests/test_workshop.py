@@ -2,16 +2,14 @@
 Exercises: each stub fails, each solution passes. Notebooks are what their scripts say, and run.
 
 Here small runs last 5 steps. NANOTHINK_STEPS=500 python -m pytest tests/test_workshop.py trains
-them to the end, about four minutes on one core, and checks what was learned, too.
+them to the end, three minutes on one core, and checks what was learned, too.
 """
 
 import json
-import os
 
 import pytest
 from conftest import ROOT
 
-os.environ.setdefault("NANOTHINK_STEPS", "5")  # before the kit is imported
 from workshop import make
 
 PARTS = make.exercises(make.read(ROOT / "workshop/exercises.py"))
