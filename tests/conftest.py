@@ -3,7 +3,10 @@ What several tests share: a tiny model of two minds about thinking, grids writte
 slow twin of `train.rollout`, and a data folder made once.
 """
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+os.environ.setdefault("NANOTHINK_STEPS", "5")  # of workshop/kit.py's small runs
 
 from data.dataset import Batch  # noqa: E402
 from model import GPT, Cells, GPTConfig, Output, Thinking  # noqa: E402
@@ -159,3 +163,38 @@ def small(data, out, **changes):
     sizes = {"n_embd": 32, "n_bits": 3, "batch_tokens": 200, "steps": 20, "eval_rows": 20}
     where = {"data": str(data), "out": str(out), "device": "cpu", "report": False}
     return Config(**(sizes | where | changes))
+
+
+# ----------------------------------------------------------------------------------------------
+# pages, in a browser
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+QUIET += " --disable-background-networking --disable-component-update"
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """
+    (page, script, hash) -> what the script, run at the page's end, left in `result`. Fails on
+    anything that the browser complains about.
+    """
+    if not CHROMIUM:
+        pytest.skip(f"there is none of {', '.join(NAMES)} on PATH to read the page with")
+
+    def read(html: str, script: str, hash: str = ""):
+        ask = "make('pre', document.body, JSON.stringify(result)).id = 'result'"
+        ask = f"<script>let result\n{script}\n{ask}</script>"
+        copy = tmp_path / "copy.html"
+        copy.write_text(html.replace("</body>", ask + "</body>"), encoding="utf-8")
+        command = [CHROMIUM, *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+        command += ["--enable-logging=stderr", "--dump-dom", copy.as_uri() + hash]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert "CONSOLE" not in done.stderr, done.stderr
+        found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+        assert found, done.stdout[-2000:]
+        unescaped = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+        return json.loads(unescaped)
+
+    return read

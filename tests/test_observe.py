@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 from itertools import pairwise
 
 import pytest
@@ -172,38 +170,8 @@ def test_a_character_in_two_tokens_is_shown_once():
 # ----------------------------------------------------------------------------------------------
 # the page
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-QUIET = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-QUIET += " --disable-background-networking --disable-component-update"
 HOSTILE = ["<script>owned = 1</script>", "</script>", "&amp;", "\"'`", "\n", "<!--"]
 HOSTILE += ["<img src=x onerror='owned = 1'>", "\u2028 $x$ {TRACE_GOES_HERE}"]
-
-
-@pytest.fixture
-def browse(tmp_path):
-    """
-    (page, script, hash) -> what the script, run at the page's end, left in `result`. Fails on
-    anything that the browser complains about.
-    """
-    if not CHROMIUM:
-        pytest.skip(f"there is none of {', '.join(NAMES)} on PATH to read the page with")
-
-    def read(html: str, script: str, hash: str = ""):
-        ask = "make('pre', document.body, JSON.stringify(result)).id = 'result'"
-        ask = f"<script>let result\n{script}\n{ask}</script>"
-        copy = tmp_path / "copy.html"
-        copy.write_text(html.replace("</body>", ask + "</body>"), encoding="utf-8")
-        command = [CHROMIUM, *QUIET.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-        command += ["--enable-logging=stderr", "--dump-dom", copy.as_uri() + hash]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert "CONSOLE" not in done.stderr, done.stderr
-        found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
-        assert found, done.stdout[-2000:]
-        unescaped = found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-        return json.loads(unescaped)
-
-    return read
 
 
 def whole(*sequences, task="letters"):
