@@ -252,12 +252,14 @@ def test_the_address_sets_all_and_the_command_is_the_same_in_python(built, brows
 
 def test_a_lesson_waits_for_the_guess_and_boxes_come_one_by_one(built, browse):
     script = f"""
-    const lessons = [...element('lesson').querySelectorAll('button')], said = {{}}
-    for (const lesson of lessons.slice(0, 4)) {{
+    const lessons = [...element('lesson').querySelectorAll('button')], said = {{}}, toldOf = []
+    for (const lesson of [4, 5, 0, 1, 2, 3].map(i => lessons[i])) {{
       lesson.click()
-      const before = {SAYS}
-      main.querySelector('section:nth-child(2) > button')?.click()
-      said[lesson.textContent[0]] = [before.length, {SAYS}.length, {SAYS}[1] ?? null]
+      const before = {SAYS}, question = element('ask').textContent
+      const marked = main.querySelectorAll('.edited').length
+      element('guessed').click()
+      said[lesson.textContent[0]] = [before, {SAYS}, question, marked]
+      toldOf.push(main.textContent.includes('with three it does'))
     }}
     const own = model.rows.find(r => r.prompt === state.row), lent = model.rows.find(
       r => r.prompt === state.second)
@@ -270,11 +272,15 @@ def test_a_lesson_waits_for_the_guess_and_boxes_come_one_by_one(built, browse):
     const arrow = key => document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key}}))
     arrow('ArrowRight')
     const at = state.chosen
-    result = [said, own.answer, lent.answer, two, seen(), boxes[0].size, at]"""
-    said, own, lent, two, every, count, at = browse(built[0], script)
-    assert said["1"] == [1, 1, None], "nothing is changed, nothing to guess"
-    assert [said[n][:2] for n in "234"] == [[1, 2]] * 3
-    assert said["3"][2] == lent != own != said["4"][2]
+    result = [said, own.answer, lent.answer, longest.answer, toldOf, two, seen(),
+      boxes[0].size, at]"""
+    said, own, lent, long, told, two, every, count, at = browse(built[0], script)
+    assert said["1"][:2] == [["?"], [own]], "nothing is changed, but the answer waits"
+    assert said["5"][0] == ["?"] and said["5"][1][0] != said["5"][1][1] == long
+    assert [[len(x) for x in said[n][:2]] for n in "2346"] == [[1, 2]] * 4
+    assert said["3"][1] == [own, lent] and lent != own != said["4"][1][1]
+    assert "behind *1, now says 2 instead of 4" in said["4"][2] and said["4"][3] == 1
+    assert told == [False, True] + [False] * 4, "behind lesson 6, and gone with the next"
     assert two == 2 and every == count and at == [0, 0, 1]
 
 
@@ -298,10 +304,12 @@ def test_a_page_of_ones_own_checkpoint(chains, tmp_path, browse, kind):
     save_checkpoint(tmp_path / "checkpoint.pt", trainer.state())
     said = call("workshop/play.py", f"--run={tmp_path}", check=True).stdout
     assert str(tmp_path / "play.html") in said
-    script = "result = [model.task, boxes.length, net.watched.length, element('price') !== null]"
+    script = """result = [model.task, boxes.length, net.watched.length,
+      element('price') !== null, about()]"""
     html = (tmp_path / "play.html").read_text()
-    task, sides, watched, priced = browse(html, script, "#mode=never&price=0.5")
+    task, sides, watched, priced, about = browse(html, script, "#mode=never&price=0.5")
     assert task.startswith("chains modulo 3") and priced == bool(watched) == ("observer" in kind)
+    assert "modulo 3: in 1+2*2= the running values are 1, 0 (=3 mod 3), 0 (=0*2)." in about
     assert sides == (1 if kind == {"n_bits": 0} else 2)
 
 
