@@ -4,12 +4,25 @@ import json
 
 import pytest
 import torch
-from conftest import RECALL, K, V, call, prepare, small
+from conftest import RECALL, K, V, call, small
 
+import sample
 import train
-from lab import lens
-from lab.lens import Patch, Streams, all_edges, attribution, exact, masked_run, toward_answers
+from data.arithmetic import prepare as arithmetic
+from data.dataset import DataError
+from data.deals import prepare as deals
+from lab import lens, mend
+from lab.lens import (
+    Patch,
+    Streams,
+    all_edges,
+    attribution,
+    exact,
+    masked_run,
+    toward_answers,
+)
 from model import Cells, Thinking
+from runs import save_checkpoint
 
 
 def two_runs(model, cells=None, window=0):
@@ -135,9 +148,8 @@ def test_circuits_keep_the_largest_scores_of_either_sign():
 def runs(tmp_path_factory):
     """-> a folder of small runs that have hardly learned anything: deals, chain, observer."""
     folder = tmp_path_factory.mktemp("runs")
-    options = ("--rows=500", "--biased=coke", "--bias=0.7")
-    prepare(folder / "data", *options, script="data/deals/prepare.py")
-    prepare(folder / "chains", "--modulus=3", "--levels=2", "--rows=2000")
+    deals.main([f"--out={folder}/data", "--rows=500", "--biased=coke", "--bias=0.7"])
+    arithmetic.main([f"--out={folder}/chains", "--modulus=3", "--levels=2", "--rows=2000"])
     kinds = {"deals": {"n_bits": 0}, "chain": {}, "observer": {"observer": "0"}}
     for name, kind in kinds.items():
         data = folder / ("data" if name == "deals" else "chains")
@@ -181,6 +193,124 @@ def test_bad_input_is_one_sentence(runs, tmp_path):
         f"--run={runs}/deals --level=9": "no level 9",
     }
     for options, says in cases.items():
-        done = call("lab/lens.py", *options.split(), "--rows=120")
-        assert done.returncode == 1 and says in done.stderr, options
-        assert done.stderr.count("\n") == 1
+        with pytest.raises(DataError, match=says):
+            lens.main([*options.split(), "--rows=120"])
+    done = call("lab/lens.py", f"--run={tmp_path}")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------
+# mending
+
+
+def mend_group(model):
+    """Rows with token 0 and twins with token 1 in its place; said what the model says."""
+    group = mend.Group.__new__(mend.Group)
+    group.row = two_runs(model)[0]
+    ids = group.row.ids % V
+    ids[:, 3] = 0
+    group.row, group.twin, group.twins = group.row._replace(ids=ids), ids.clone(), True
+    group.twin[:, 3] = 1
+    group.right = torch.zeros(6, dtype=torch.long)
+    return group
+
+
+def test_an_edited_reader_reads_nothing_of_a_direction_and_kept_rows_as_before():
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.randn(200, 6, generator=generator) * torch.tensor([1, 1, 1, 1, 1, 1e-3])
+    difference = torch.tensor([[0.3, 0, 0, 0, 0, 1.0], [0.6, 0, 0, 0, 0, 2.0]])
+    P = mend.projection(difference, kept, 1)
+    assert (P @ difference.T).abs().max() < 1e-5
+    moved = (kept @ P.T - kept).norm() / kept.norm()
+    D = difference[:1].T / difference[0].norm()
+    orthogonal = (kept @ D @ D.T).norm() / kept.norm()
+    assert moved < 0.1 * orthogonal, "the plain projection moves kept rows much more"
+
+
+@pytest.mark.parametrize("reader", ["0.0.v", "0.1.k", "1.0.q", "1.mlp", "logits"])
+@torch.no_grad()
+def test_weights_and_inputs_of_a_reader_are_those_of_the_model(tiny, reader):
+    """Zeroed weights, and what the masked run reads, change the model as they should."""
+    model, (row, _) = tiny(n_bits=0), two_runs(tiny(n_bits=0))
+    x, weight = mend.inputs_of(model, row, reader), mend.weights_of(model, reader)
+    caught = []
+    part = {"logits": model.head, "mlp": model.blocks[1].up}.get(reader.split(".")[-1])
+    part = part or model.blocks[int(reader[0])].attention.qkv
+    hook = part.register_forward_hook(lambda module, given, out: caught.append((given[0], out)))
+    model(row.ids, row.cells)
+    hook.remove()
+    assert (caught[0][0] - x).abs().max() < 1e-5
+    ours = x @ weight.T
+    rest = caught[0][1] - part.bias
+    columns = [i for i in range(rest.size(-1)) if torch.equal(part.weight[i], weight[0])]
+    begin = columns[0]
+    assert (rest[..., begin : begin + len(weight)] - ours).abs().max() < 1e-4
+
+
+def test_an_edit_changes_no_other_weights(tiny):
+    model = tiny(n_bits=0)
+    group = mend_group(model)
+    new = mend.edited(model, group, group, ["0.1.v"], 1)
+    for name, p in model.named_parameters():
+        same = p == dict(new.named_parameters())[name]
+        if name == "blocks.0.attention.qkv.weight":
+            assert same.view(3, 2, 8, 16).all(dim=(2, 3)).tolist() == [[True] * 2] * 2 + [
+                [True, False]
+            ]
+        else:
+            assert same.all()
+
+
+def test_tuning_leaves_everything_else_bit_for_bit(tiny, monkeypatch):
+    monkeypatch.setattr(mend, "TUNE_STEPS", 3)
+    model = tiny(n_bits=0)
+    group = mend_group(model)
+    masks = mend.parameters_of(model, "1.0")
+    new = dict(mend.tuned(model, group, group, [masks], 1e-2).named_parameters())
+    for name, p in model.named_parameters():
+        own = masks.get(name, torch.zeros_like(p, dtype=torch.bool))
+        assert torch.equal(p[~own], new[name][~own]) and (
+            not own.any() or (p != new[name])[own].any()
+        )
+
+
+def test_mending_is_written_as_a_checkpoint_that_answers(runs, capsys):
+    pairs = runs / "data/pairs.tsv"
+    trainer = train.Trainer(small(runs / "data", runs / "learned", n_bits=0, curriculum=False))
+    with torch.no_grad():  # one that says yes of coke, and else no
+        model = trainer.model
+        for p in model.parameters():
+            p.zero_() if p.ndim > 1 else None
+        index = trainer.vocabulary.index
+        model.embedding.weight.normal_()
+        model.embedding.weight[:, :2] = 0
+        model.embedding.weight[:, 2:] -= model.embedding.weight.sum(dim=1, keepdim=True) / 30
+        model.embedding.weight[index["coke"], 0] = 30
+        model.blocks[0].attention.qkv.weight.view(3, 4, 8, 32)[2, 0, 0, 0] = 5
+        model.blocks[0].attention.proj.weight[1, 0] = 5
+        model.head.weight[index["yes"], 1] = 1
+        model.head.bias[index["no"]] = 2
+    train.begin(trainer)
+    save_checkpoint(runs / "learned/checkpoint.pt", trainer.state())
+    mend.main([f"--run={runs}/learned", f"--pairs={pairs}", "--controls=false"])
+    report = json.loads((runs / "learned_mended/mend.json").read_text())
+    before, after = report["results"].values()
+    assert before["coke"]["flips"] > 0.9 and after["coke"]["flips"] < 0.1, report
+    assert report["bugs"]["coke"]["recall"] == 1
+    capsys.readouterr()
+    sample.main([f"--run={runs}/learned_mended", "a 6 pack of coke costs $10?"])
+    assert "?no" in capsys.readouterr().out
+
+
+def test_bad_pairs_are_one_sentence(runs, tmp_path):
+    row = "a 6 pack of coke costs $10?"
+    cases = {
+        "mend\twater?yes": "line 1",
+        f"mend\t{row}": "without an answer",
+        f"mend\t{row}yes": "has no twin",
+        f"keep\t{row}yes": "needs lines of both uses",
+    }
+    for text, says in cases.items():
+        (tmp_path / "pairs.tsv").write_text(text + "\n")
+        with pytest.raises(DataError, match=says):
+            mend.main([f"--run={runs}/deals", f"--pairs={tmp_path}/pairs.tsv"])

@@ -22,6 +22,7 @@ Validation rows have pairs of prices that no training row has. In test rows the 
 """
 
 import argparse
+import itertools
 import math
 import random
 import sys
@@ -146,8 +147,11 @@ def main(argv=None) -> None:
     with one_sentence(args.out):
         check(args, biased)
 
-        def held(one: Deal) -> bool:  # a pair of prices, in either order, is held out or it is not
-            return random.Random(f"{args.seed} {sorted(one.prices)}").random() < HELD_PRICES
+        either = list(itertools.combinations_with_replacement(PRICES, 2))  # in rising order
+        held_prices = set(draw.sample(either, round(HELD_PRICES * len(either))))
+
+        def held(one: Deal) -> bool:
+            return tuple(sorted(one.prices)) in held_prices
 
         def usual(one: Deal) -> bool:
             return not held(one) and one.packs[0] != NEVER_FIRST
