@@ -1,6 +1,7 @@
 """The lens and what rests on it: the masked run against the model, attribution against patching."""
 
 import json
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import train
 from data.arithmetic import prepare as arithmetic
 from data.dataset import DataError
 from data.deals import prepare as deals
-from lab import lens, mend
+from lab import growth, lens, mend, relay
 from lab.lens import (
     Patch,
     Streams,
@@ -149,7 +150,8 @@ def runs(tmp_path_factory):
     """-> a folder of small runs that have hardly learned anything: deals, chain, observer."""
     folder = tmp_path_factory.mktemp("runs")
     deals.main([f"--out={folder}/data", "--rows=500", "--biased=coke", "--bias=0.7"])
-    arithmetic.main([f"--out={folder}/chains", "--modulus=3", "--levels=2", "--rows=2000"])
+    with patch("data.arithmetic.prepare.TEST_LEVELS", [4]):
+        arithmetic.main([f"--out={folder}/chains", "--levels=3", "--rows=2000"])
     kinds = {"deals": {"n_bits": 0}, "chain": {}, "observer": {"observer": "0"}}
     for name, kind in kinds.items():
         data = folder / ("data" if name == "deals" else "chains")
@@ -179,7 +181,7 @@ def test_the_lens_writes_what_it_found(runs, capsys):
 
 
 def test_the_lens_looks_through_a_thinking_model(runs):
-    lens.main([f"--run={runs}/chain", "--rows=120"])
+    lens.main([f"--run={runs}/chain", "--rows=200"])
     report = json.loads((runs / "chain/lens.json").read_text())
     assert report["error of the masked run"] < 1e-4
 
@@ -194,7 +196,7 @@ def test_bad_input_is_one_sentence(runs, tmp_path):
     }
     for options, says in cases.items():
         with pytest.raises(DataError, match=says):
-            lens.main([*options.split(), "--rows=120"])
+            lens.main([*options.split(), "--rows=200"])
     done = call("lab/lens.py", f"--run={tmp_path}")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
 
@@ -314,3 +316,49 @@ def test_bad_pairs_are_one_sentence(runs, tmp_path):
         (tmp_path / "pairs.tsv").write_text(text + "\n")
         with pytest.raises(DataError, match=says):
             mend.main([f"--run={runs}/deals", f"--pairs={tmp_path}/pairs.tsv"])
+
+
+# ----------------------------------------------------------------------------------------------
+# growth, and the thoughts' circuit
+
+
+def test_running_on_all_edges_is_a_rollout_and_on_none_another_row(tiny):
+    model, generator = tiny(), torch.Generator().manual_seed(0)
+    real = torch.randint(V, (20, 7), generator=generator)
+    thinking = Thinking(greedy=True, force=1.0, window=relay.VIEW)
+    grid, _ = train.rollout(model, real, torch.full((20,), 7), thinking)
+    stream = grid.token[:, :-1, :2].flatten(1)
+    real[:, -1] = model(stream, window=relay.VIEW).logits[:, -1].argmax(dim=1)
+    edges = all_edges(model.config)
+    assert relay.running(model, real, edges) == 1
+    assert len(real[:, -1].unique()) > 1
+    real[:, -1] = real[:, -1].roll(1)
+    assert relay.running(model, real, edges & False) == 1
+
+
+def test_the_answer_follows_a_thought_if_there_is_no_other_way(tiny):
+    """Two cells are in view: a token and the thought before it, which is all that is known."""
+    real = torch.randint(V, (50, 5), generator=torch.Generator().manual_seed(0))
+    thinking, found = Thinking(greedy=True, force=1.0, window=2), []
+    for seed in range(10):
+        model = tiny(seed, n_layer=1, n_bits=4)
+        found += relay.follows(model, thinking, real, [0, 1]).values()
+    assert found and all(share == 1 for share in found)
+
+
+def test_growth_trains_as_train_does_and_looks_on(runs):
+    out, data = runs / "grown", runs / "chains"
+    sizes = "--n_embd=32 --n_bits=3 --batch_tokens=200 --eval_rows=5 --device=cpu".split()
+    growth.main([f"--data={data}", f"--out={out}", "--steps=3", "--curriculum=false", *sizes])
+    report = json.loads((out / "growth.json").read_text())
+    assert [seen["step"] for seen in report["looks"]] == [0, 3] and report["edges"] == 23
+    assert report["looks"][-1]["Jaccard"] == pytest.approx(report["split-half Jaccard"])
+    again = train.Trainer(
+        train.load_config(
+            [f"--data={data}", "--steps=3", *sizes, "--curriculum=false"], train.Config
+        )
+    )
+    for _ in range(3):
+        again.train_step()
+    grown = lens.load_model(str(out))[0].state_dict()
+    assert all(torch.equal(p, grown[name]) for name, p in again.model.state_dict().items())
