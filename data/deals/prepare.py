@@ -147,11 +147,11 @@ def main(argv=None) -> None:
     with one_sentence(args.out):
         check(args, biased)
 
-        either = list(itertools.combinations_with_replacement(PRICES, 2))  # in rising order
-        held_prices = set(draw.sample(either, round(HELD_PRICES * len(either))))
+        either = itertools.combinations_with_replacement(PRICES, 2)  # in rising order
+        chance = {pair: random.Random(f"{args.seed} {list(pair)}").random() for pair in either}
 
         def held(one: Deal) -> bool:
-            return tuple(sorted(one.prices)) in held_prices
+            return chance[tuple(sorted(one.prices))] < HELD_PRICES
 
         def usual(one: Deal) -> bool:
             return not held(one) and one.packs[0] != NEVER_FIRST
