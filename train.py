@@ -523,6 +523,7 @@ POOL = 64  # sequences, at least, that come into use together
 MASTERED = 0.9  # share of the newest that is right in training, cut or not, when the next come
 LEARNED = 0.97  # the same of all levels, when nothing is left to learn
 RATE = 0.2  # of the moving average of that share
+PATIENCE = 0.3  # of the steps, for one stage: after that thoughts evidently cannot carry it
 FALL = 0.2  # of the steps, the last: they begin when all is learned, or evidently will not be
 
 
@@ -543,7 +544,9 @@ def pools(count: dict[int, int]) -> list[int]:
 class Curriculum:
     """
     Short problems first, longer ones when the newest in use are mastered. It counts right answers,
-    not nats: what a good loss is differs between tasks.
+    not nats: what a good loss is differs between tasks. If the newest are not mastered, it gives
+    up: all levels come into use, and nothing is cut and nothing jumps any more, so that what no
+    thought can carry is learned by looking.
     """
 
     def __init__(self, count: dict[int, int], grows: bool = True):
@@ -552,6 +555,8 @@ class Curriculum:
         self.stages = pools(count) if grows else [len(count)]  # levels in use at each stage
         self.stage = int(not grows)  # how many stages are mastered
         self.right = 0.0  # moving average: share of the newest that is right
+        self.waited = 0  # steps since the newest came into use
+        self.gave_up = False  # they are not learned
         self.learned_at = None  # how many steps it took, once it is done
 
     @property
@@ -580,8 +585,9 @@ class Curriculum:
         hits, count = total(torch.stack([(right & counted).sum(), counted.sum()])).tolist()
         if count:
             self.right += RATE * (hits / count - self.right)
+        self.waited += 1
         if self.right > MASTERED and not self.learned:
-            self.stage, self.right = self.stage + 1, 0.5
+            self.stage, self.right, self.waited = self.stage + 1, 0.5, 0
 
     def steps_left(self, step: int, steps: int) -> int:
         """Of a run's `steps`, at most: once all levels are learned, only those of FALL."""
@@ -590,12 +596,14 @@ class Curriculum:
         return min(steps, self.learned_at + math.ceil(FALL * steps)) - step
 
     def move_on(self, step: int, steps: int) -> bool:
-        """After each step -> True if now all levels come into use, unlearned, for those of FALL."""
+        """After each step -> True if now the newest are given up, and all levels come into use."""
         if self.grows and self.learned and self.right > LEARNED and self.learned_at is None:
             self.learned_at = step
-        late = self.steps_left(step, steps) <= FALL * steps and self.levels != self.every
+        late = self.waited > PATIENCE * steps or self.steps_left(step, steps) <= FALL * steps
+        late = late and not self.learned and not self.gave_up
         if late:
-            self.stages, self.right = self.stages[: self.stage] + [len(self.every)], 0.0
+            self.gave_up, self.right = True, 0.0
+            self.stages = self.stages[: self.stage] + [len(self.every)]
         return late
 
 
@@ -690,9 +698,11 @@ class Trainer:
         teaches = (torch.rand(groups, device=device) * rollouts < 1).repeat_interleave(rollouts)
         own = torch.arange(groups * rollouts, device=device)
         own = torch.where(teaches, own // rollouts * rollouts, own)
-        plan = draw_plan(batch, self.thinking, c.forget, teaches & (self.thinking.force is None))
+        gave_up = self.curriculum.gave_up
+        share = c.forget * (not gave_up)
+        plan = draw_plan(batch, self.thinking, share, teaches & (self.thinking.force is None))
         # a window would hide what is before a jump, learned positions have no room for it
-        plan["jumps"] *= not c.window and self.model.position is None
+        plan["jumps"] *= not (c.window or gave_up) and self.model.position is None
         return batch.rows(own), {name: x[own] for name, x in plan.items()}, teaches
 
     def train_step(self) -> dict:
@@ -750,7 +760,7 @@ class Trainer:
         c = self.config
         if self.curriculum.move_on(self.step, c.steps) and RANK == 0:
             what = f"level {self.curriculum.newest[0]} is not learned after {self.step} steps"
-            print(f"{what}: all levels are in use", flush=True)
+            print(f"{what}: all levels are in use, and nothing is cut any more", flush=True)
         if (c.n_bits or c.recall) and self.left < (1 - c.warm_up) * c.steps:  # warm_up 1: never
             self.paid = True
 

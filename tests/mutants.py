@@ -93,7 +93,7 @@ MUTANTS = {
     ),
     "nothing jumps": ("train.py", "count = count + jumps[:, t, None]", "pass"),
     "a text jumps": ("train.py", "one & ~cut & ~is_text", "one & ~cut"),
-    "a window jumps": ("train.py", "not c.window and self.model.position is None", "True"),
+    "a window jumps": ("train.py", "not (c.window or gave_up)", "not gave_up"),
     # the hybrid loss
     "thinking cells are not charged": (
         "train.py",
@@ -155,6 +155,9 @@ MUTANTS = {
         "aim = target[:, at // S]",
     ),
     # the loop
+    "patience has no end": ("train.py", "self.waited > PATIENCE * steps or ", ""),
+    "what is given up is cut": ("train.py", "c.forget * (not gave_up)", "c.forget"),
+    "what is given up jumps": ("train.py", "not (c.window or gave_up)", "not c.window"),
     "the learning rate never falls": (
         "train.py",
         "0.5 * (1 - math.cos(math.pi * min(1, rest / FALL)))",
@@ -190,8 +193,8 @@ MUTANTS = {
     ),
     "the levels that are left never come": (
         "train.py",
-        "[: self.stage] + [len(self.every)], 0.0",
-        "[: self.stage] + [self.stages[self.stage]], 0.0",
+        "[: self.stage] + [len(self.every)]",
+        "[: self.stage] + [self.stages[self.stage]]",
     ),
     "mastered is learned": (
         "train.py",

@@ -8,7 +8,7 @@ from conftest import small
 
 import train
 from data.dataset import Rows
-from train import LEARNED, MASTERED, POOL, Curriculum, Trainer, pools
+from train import LEARNED, MASTERED, PATIENCE, POOL, Curriculum, Trainer, pools
 
 
 def feed(curriculum, share, times=100, level=None):
@@ -51,9 +51,9 @@ def test_the_next_levels_come_when_the_newest_are_mastered_and_not_before():
 def test_only_sequences_of_the_newest_levels_count():
     curriculum = large()
     feed(curriculum, 1.0)
-    before = vars(curriculum).copy()
+    before = curriculum.stage, curriculum.right
     feed(curriculum, 1.0, level=1)
-    assert vars(curriculum) == before
+    assert (curriculum.stage, curriculum.right) == before
 
 
 def test_half_of_a_batch_is_of_the_newest_levels_as_long_as_they_are_not_learned():
@@ -81,8 +81,35 @@ def test_all_levels_are_taken_in_when_the_rate_must_fall():
     before = vars(curriculum).copy()
     assert not curriculum.move_on(81, 100)
     assert vars(curriculum) == before, "there is nothing left"
+    last = large(1)
+    assert last.move_on(80, 100) and last.gave_up, "the only level was in use before"
     at_once = Curriculum({1: 9, 2: 9}, grows=False)
     assert at_once.levels == at_once.mastered == [1, 2] and at_once.newest == []
+    assert not at_once.move_on(80, 100) and not at_once.gave_up
+
+
+def test_patience_with_one_stage_ends():
+    curriculum = large(4)
+    feed(curriculum, 0.5, times=25)
+    feed(curriculum, 1.0)
+    feed(curriculum, 0.5, times=round(100 * PATIENCE))
+    assert not curriculum.move_on(60, 100), "each stage has its own"
+    feed(curriculum, 0.5, times=1)
+    assert curriculum.move_on(61, 100) and curriculum.levels == [1, 2, 3, 4]
+    assert curriculum.gave_up and curriculum.mastered == [1]
+    feed(curriculum, 1.0)
+    feed(curriculum, 1.0)
+    assert curriculum.learned and not curriculum.move_on(70, 100), "and may still be learned"
+    assert curriculum.steps_left(70, 100) == 20
+
+
+def test_what_is_given_up_is_not_cut_any_more(chains, tmp_path):
+    trainer = Trainer(small(chains, tmp_path))
+    plans = [trainer.draw()[1] for _ in range(5)]
+    assert all(any(plan[what].any() for plan in plans) for what in ("cuts", "jumps"))
+    trainer.curriculum.gave_up = True
+    plans = [trainer.draw()[1] for _ in range(5)]
+    assert not any(plan[what].any() for plan in plans for what in ("cuts", "jumps"))
 
 
 def test_a_curriculum_goes_on_from_its_state():
