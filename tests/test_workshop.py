@@ -51,7 +51,8 @@ def test_a_stub_fails_and_its_solution_passes(setup, number):
 
 
 def test_a_stub_and_a_solution_by_hand():
-    text = "def f():\n    # SOLUTION\n    return 1\n    # STUB\n    # # yours\n    # return 0\n    # END\n"
+    text = "def f():\n    # SOLUTION\n    return 1\n    # STUB\n    # # yours\n    # return 0\n"
+    text += "    # END\n"
     assert make.with_solution(text) == "def f():\n    return 1"
     assert make.with_stub(text) == "def f():\n    # yours\n    return 0"
 
