@@ -177,7 +177,7 @@ assert not high, f"{high}: 0.45 or more right without its own thoughts: was the 
 
 # %% [markdown] answer
 # 1.00, and 0.07 (`random`) to 0.20 (`never`) for the others: nowhere better than chance. Trained
-# pause tokens: 0.165 to 0.235 in five seeds (`python lab/experiments.py main --models=pause`): more
+# pause tokens: 0.175 to 0.250 in five seeds (`python lab/experiments.py main --models=pause`): more
 # cells do not help, what they say does.
 
 # %% [markdown]
