@@ -14,6 +14,7 @@ Not here: the lens itself (lab/lens.py).
 """
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -97,8 +98,7 @@ def main(argv: list[str]) -> None:
         last = trainer.left <= 0
         if trainer.step >= following or last:
             model = copy.deepcopy(trainer.model).eval().cpu()
-            thinking = copy.copy(trainer.thinking)
-            thinking.greedy = True
+            thinking = dataclasses.replace(trainer.thinking, greedy=True)
             looks.append({"step": trainer.step} | look(model, thinking, real))
             shown = {k: v for k, v in looks[-1].items() if k != "scores"}
             print(json.dumps(shown), flush=True)

@@ -535,6 +535,14 @@ def load(folder: str) -> tuple[GPT, Vocabulary, Thinking, str]:
     return model, vocabulary, as_trained(state, vocabulary), state["config"]["data"]
 
 
+def load_alike(folder: str, run: str, model: GPT, vocabulary: Vocabulary) -> GPT:
+    """The model in a folder, of the shape and vocabulary of `run`'s. Raises DataError."""
+    other, its_vocabulary, *_ = load(folder)
+    if its_vocabulary.tokens != vocabulary.tokens or other.config != model.config:
+        raise DataError(f"{folder} is not of the shape and vocabulary of {run}")
+    return other
+
+
 def held_out_rows(folder: str, vocabulary: Vocabulary, rows: int, level: int = 0) -> Tensor:
     """Validation rows, prompts and their answers' first tokens (B, T). Raises DataError."""
     val = load_split(folder, "val", vocabulary, 0)
@@ -564,9 +572,7 @@ def main(argv: list[str]) -> None:
         report["spectrum"]["mean size"] = parts[0].abs().mean(dim=1).tolist()
         report["spectrum"]["ends"] = " - ".join(config.answers.split(","))
     if config.against:
-        other, its_vocabulary, _, _ = load(config.against)
-        if its_vocabulary.tokens != vocabulary.tokens or other.config != model.config:
-            raise DataError(f"{config.against} is not of the shape and vocabulary of {config.run}")
+        other = load_alike(config.against, config.run, model, vocabulary)
         found = compare(patches, mixed(other, thinking, real), report["circuit"])
         report["against"] = {"run": config.against} | found
         report["against"]["carriers"] = carriers(model, other, thinking, real)

@@ -41,6 +41,7 @@ from lab.lens import (
     Streams,
     attribution,
     load,
+    load_alike,
     masked_run,
     readers,
     sources,
@@ -304,15 +305,17 @@ def arms(config: MendConfig, model: GPT, mend: Group, keep: Group, score: Tensor
         return
     generator = torch.Generator().manual_seed(0)
 
+    def kind(name: str) -> str:
+        """q, k, v, mlp, logits or head."""
+        last = name.rpartition(".")[2]
+        return "head" if last.isdigit() else last
+
     def draw(some: list[str], like: list[str]) -> list[str]:
         """As many others, each of the kind of one of `like`."""
         taken = []
         for one in like:
-            kind = one.rpartition(".")[2] if one[-1] not in "0123456789" else "head"
             fits = [x for x in some if x not in taken and x not in like]
-            same = [
-                x for x in fits if x.rpartition(".")[2] == kind or kind == "head" and x in heads
-            ]
+            same = [x for x in fits if kind(x) == kind(one)]
             fits = same or fits or [x for x in some if x not in taken]
             taken.append(fits[int(torch.randint(len(fits), (), generator=generator))])
         return taken
@@ -374,9 +377,7 @@ def main(argv: list[str]) -> None:
         if len(results) == 2:
             state["model"] = new.state_dict()
     if config.oracle:
-        oracle, its_vocabulary, *_ = load(config.oracle)
-        if its_vocabulary.tokens != vocabulary.tokens or oracle.config != model.config:
-            raise DataError(f"{config.oracle} is not of the shape and vocabulary of {config.run}")
+        oracle = load_alike(config.oracle, config.run, model, vocabulary)
         results["oracle"] = grade(oracle, groups)
     edges = [
         f"{sources(model.config)[s]} > {readers(model.config)[r]}: {score[s, r]:.2f}"

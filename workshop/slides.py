@@ -13,15 +13,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import DataError
+from lab.report import LONGEST, draw_meaning
 from options import load_config, option, run
 
 SIZE, DPI = (13.33, 7.5), 144  # inches: a slide; 1,920 x 1,080 pixels
 POINTS = 20
-LONG = 128  # levels beyond are tried in a window only
 
 
 @dataclass
@@ -57,7 +55,7 @@ def by_level(axis, report: dict) -> None:
 
 def knock_out(axis, report: dict, _) -> None:
     for mode, line in report["modes"].items():
-        short = {n: share for n, share in line["accuracy"].items() if int(n) <= LONG}
+        short = {n: share for n, share in line["accuracy"].items() if int(n) <= LONGEST}
         curve(axis, short, mode, lw=4 if mode == "policy" else 2)
     axis.set_title("Take the thoughts away, or what they say")
     by_level(axis, report)
@@ -72,17 +70,7 @@ def window(axis, report: dict, _) -> None:
 
 
 def meaning(axis, report: dict, _) -> None:
-    found = report["meaning"]
-    counts = torch.tensor(found["counts"], dtype=torch.double)  # (X, Y)
-    order = sorted(range(len(counts)), key=lambda i: (int(counts[i].argmax()), -counts[i].sum()))
-    axis.imshow((counts / counts.sum(dim=0).clamp(min=1)).T[:, order], cmap="Blues", aspect="auto")
-    names = [found["thoughts"][i] for i in order]
-    step = max(1, len(names) // 24)
-    axis.set_xticks(range(0, len(names), step), names[::step], rotation=90)
-    axis.set_yticks(range(len(found["values"])), found["values"])
-    told, there = found["mutual_information"], found.get("label_entropy", 0)
-    title = f"What thoughts say: {told:.2f} of {there:.2f} nats"
-    axis.set(xlabel="thought, by its number", ylabel=found["label"], title=title)
+    draw_meaning(report["meaning"], axis)
 
 
 def learning(axis, report: dict, checks: list[dict]) -> None:
