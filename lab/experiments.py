@@ -4,10 +4,10 @@ The runs behind the tables: data, training, instruments, and one table a set.
   python lab/experiments.py main --seeds=1,2,3 --jobs=2
   python lab/experiments.py automata --tasks=parity,a5 --models=thinking,gru
 
-Sets: main, chains, automata, text, control, demonstrations, observer, addition. A run lives in
-out/SET/TASK/MODEL_SEED and is skipped where its report.json is there; with --jobs=0 nothing runs,
-and the table is of what there is. A run takes one thread: a minute in main and chains, two to
-three a thinking one of automata (others less), ten or more in text.
+Sets: main, chains, automata, text, keyhole, control, demonstrations, observer, addition. A run
+lives in out/SET/TASK/MODEL_SEED and is skipped where its report.json is there; with --jobs=0
+nothing runs, and the table is of what there is. A run takes one thread: a minute in main and
+chains, two to three a thinking one of automata (others less), ten or more in text.
 
 Not here: the numbers themselves (report, study, control, calibrate; their JSON files).
 """
@@ -98,6 +98,13 @@ BACKWARDS = f"{ADDITION} --forget=0.9 --steps=3000"
 FREE = "train.py config/chain.toml --think_cost=0"
 AT_ONCE = f"{FREE} --curriculum=false"
 OTHER_CHAINS = ("modulo_7", "modulo_10", "characters")
+KEYHOLE = "config/keyhole.toml"
+LOOKS = {
+    "thinking": f"train.py {KEYHOLE}",
+    "pause": f"lab/variants/pause.py {KEYHOLE}",
+    "plain": f"train.py {KEYHOLE} --n_bits=0",
+}
+DEPTHS = {"": "", "_two_layers": " --n_layer=2"}
 NOTES = "train.py config/shakespeare_notes.toml --init_from={plain} --plain={plain}"
 SETS = {
     "main": {("chains", model): words for model, words in MAIN.items()},
@@ -110,6 +117,17 @@ SETS = {
         ("text", "notes_12"): f"{NOTES} --n_bits=12 && lab/study.py --plain={{plain}}",
         ("text", "notes_16"): f"{NOTES} --n_bits=16 && lab/study.py --plain={{plain}}",
     },
+    "keyhole": {
+        ("text", f"{kind}_{window}{depth}"): f"{words} --window={window}{layers}"
+        for depth, layers in DEPTHS.items()
+        for kind, words in LOOKS.items()
+        for window in (2, 4, 8)
+    }
+    | {
+        ("text", f"plain_all{depth}"): f"{LOOKS['plain']} --window=0{layers}"
+        for depth, layers in DEPTHS.items()
+    }
+    | {("text", "gru"): f"lab/variants/gru.py {KEYHOLE} --n_embd=180"},
     "control": {
         ("recall", "recall"): "train.py config/recall.toml && lab/control.py",
         ("addition_padded", "revise"): f"{REVISE} && lab/control.py",
@@ -165,6 +183,7 @@ TABLES = {
         "closed by another note": "study/after_forgetting/closed/note swapped",
         "bits saved": "study/after_forgetting/bits_saved_behind",
     },
+    "keyhole": {"nats a token": "own/nats", **NATS, "thoughts a token": "own/thoughts_per_token"},
     "control": {
         **{f"{how}, right": f"control/recall/{how}/right" for how in ("gate", "never", "always")},
         **{f"{how}, cost": f"control/recall/{how}/cost" for how in ("gate", "never", "always")},

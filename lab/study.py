@@ -3,14 +3,15 @@ What a note of thoughts is worth once all before it is forgotten; where a text m
 what its thoughts say.
 
   python lab/study.py --run=out/shakespeare_notes --plain=out/shakespeare_plain
+  python lab/study.py --run=out/keyhole             where it thinks, and what each bit says
 
 Writes study.json and study.png into the run's folder: about a minute for 1,000 windows on one core.
 
-After forgetting: a window's context is read, thinking as trained. Behind its last token as many
-thoughts as one run holds are thought: the note. Then the next 16 tokens are predicted from the note
-and from each other, with nothing else in view. The gap that it may close lies between a plain model
-with the whole context and the plain model cut at the same place, whose first token is predicted by
-token frequencies. All windows are validation text, and thoughts greedy.
+After forgetting, if there is a plain model: a window's context is read, thinking as trained. Behind
+its last token as many thoughts as one run holds are thought: the note. Then the next 16 tokens are
+predicted from the note and from each other, with nothing else in view. The gap that it may close
+lies between a plain model with the whole context and the plain model cut at the same place, whose
+first token is predicted by token frequencies. All windows are validation text, and thoughts greedy.
 """
 
 import dataclasses
@@ -37,13 +38,19 @@ from train import UNFORCED, as_trained, rollout
 
 BEHIND = 16  # tokens behind the cut
 PART = 100  # windows that go through together
+ABOUT = (
+    "what comes next",
+    "letters of the word",
+    "characters of the line",
+    "vowel, consonant, other",
+)
 PLACES = ("line begins", "word begins", "inside a word", "behind a word", "a speaker's name")
 
 
 @dataclass
 class StudyConfig:
     run: str = option("out/shakespeare_notes", "folder of the thinking model")
-    plain: str = option("out/shakespeare_plain", "folder of the plain one")
+    plain: str = option("", "folder of a plain one, to measure what forgetting costs")
     data: str = option("", "folder of the data, if not where the checkpoint was trained")
     windows: int = option(1000, "windows of validation text, at most", 2)
     device: str = option("auto", "auto, cpu, cuda or mps")
@@ -123,22 +130,26 @@ def after_forgetting(thinker, plain, real: Tensor, frequency: Tensor) -> dict:
 # where and what
 
 
-def describe(text: str) -> tuple[list[int], list[int]]:
+def describe(text: str) -> dict[str, list[int]]:
     """
-    For every character: where what comes next stands, an index of PLACES; and how many letters its
-    word has so far, up to 10.
+    For every character, {name: label}: where what comes next stands, an index of PLACES; how many
+    letters its word has so far, up to 10; how many characters its line has, in eights, up to 6; its
+    kind.
     """
     names = re.finditer(r"(?:(?<=\n\n)|\A)[A-Z][^\n:]{0,30}:(?=\n)", text)
     in_name = {i for m in names for i in range(m.start() - 1, m.end() - 1)}
-    places, letters, word = [], [], 0
+    found, word, line = {name: [] for name in ABOUT}, 0, 0
     for i, c in enumerate(text):
         following = text[i + 1 : i + 2]
         word = word + 1 if c.isalpha() or c == "'" else 0
+        line = 0 if c == "\n" else line + 1
         goes_on = following.isalpha() or following == "'" and word > 0
         place = 0 if c == "\n" else (2 if word else 1) if goes_on else 3
-        places.append(4 if i in in_name else place)
-        letters.append(min(word, 10))
-    return places, letters
+        kind = 0 if c.lower() in "aeiou" else 1 if c.isalpha() else 2
+        labels = (4 if i in in_name else place, min(word, 10), min(line // 8, 6), kind)
+        for name, label in zip(ABOUT, labels):
+            found[name].append(label)
+    return found
 
 
 def information(thoughts: Tensor, labels: Tensor) -> float:
@@ -151,7 +162,8 @@ def where_and_what(thinker, text: Text, vocabulary: Vocabulary, size: int) -> di
     (model, thinking), windows = thinker, text.first(size, text.block).real  # (N, T)
     blob = b"".join(vocabulary.pieces[i] for i in text.tokens.tolist())
     ends = torch.tensor([len(piece) for piece in vocabulary.pieces])[text.tokens].cumsum(0) - 1
-    place, letters = (torch.tensor(x)[ends] for x in describe(blob.decode("latin-1")))
+    about = {k: torch.tensor(x)[ends] for k, x in describe(blob.decode("latin-1")).items()}
+    place = about["what comes next"]
     index = text.spread(size)[:, None] + torch.arange(text.block + 1)  # (N, T) in the text
     generator = torch.Generator(model.embedding.weight.device).manual_seed(0)
     found = []
@@ -166,11 +178,17 @@ def where_and_what(thinker, text: Text, vocabulary: Vocabulary, size: int) -> di
     by_place = {name: thinks[place[index] == k] for k, name in enumerate(PLACES)}
     by_place = {name: [x.double().mean().item(), len(x)] for name, x in by_place.items() if len(x)}
     thought, index = thought[thinks > 0], index[thinks > 0]
-    about = {"letters of the word so far": letters[index], "what comes next": place[index]}
+    about = {name: label[index] for name, label in about.items()}
     for name, step in {"last token": 0, "token before it": -1, "next token": 1}.items():
         about[name] = text.tokens[(index + step).clamp(0, len(text.tokens) - 1)]
-    known = {name: information(thought, label) for name, label in about.items() if len(thought)}
-    return {"rate_and_count_by_place": by_place, "information_nats": known}
+    if not len(thought):
+        about = {}
+    number = thought.to(generator.device) - model.config.vocab_size
+    bits = (model.thoughts.bits(number) > 0).long().cpu()  # (N, d)
+    of_bits = {name: [information(bit, label) for bit in bits.T] for name, label in about.items()}
+    known = {name: information(thought, label) for name, label in about.items()}
+    found = {"rate_and_count_by_place": by_place, "information_nats": known}
+    return found | {"information_of_each_bit": of_bits}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -183,18 +201,25 @@ def draw(study: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (a, b, c) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    found = study["after_forgetting"]
-    for name, curve in found["curves"].items():
-        a.plot(range(1, BEHIND + 1), curve, label=name, ls="--" if "plain" in name else "-")
-    a.set(xlabel="tokens behind the cut", ylabel="nats")
-    a.set(title=f"the note closes {found['closed']['note']:.0%} of the gap")
-    a.legend(fontsize=7)
+    figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    if found := study.get("after_forgetting"):
+        for name, curve in found["curves"].items():
+            a.plot(range(1, BEHIND + 1), curve, label=name, ls="--" if "plain" in name else "-")
+        a.set(xlabel="tokens behind the cut", ylabel="nats")
+        a.set(title=f"the note closes {found['closed']['note']:.0%} of the gap")
+        a.legend(fontsize=7)
+    a.axis("on" if found else "off")
     rates, known = study["rate_and_count_by_place"], study["information_nats"]
     b.barh([*rates], [rate for rate, _ in rates.values()])
     b.set(xlabel="share of tokens that a thought follows", xlim=(0, 1))
     c.barh([*known], [*known.values()])
     c.set(xlabel="nats", title="what a run's first thought tells")
+    bits = study["information_of_each_bit"]
+    if bits:
+        shown = d.imshow([*bits.values()], aspect="auto", cmap="Blues", vmin=0)
+        d.set_yticks(range(len(bits)), [*bits])
+        d.set(xlabel="bit", title="what each bit tells, in nats")
+        figure.colorbar(shown, ax=d)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -206,21 +231,22 @@ def main(argv: list[str]) -> None:
     block = state["config"]["block"]
     if not model.config.n_bits or vocabulary.row_end >= 0:
         raise DataError(f"{config.run} is not a thinking model of a text")
-    if block <= BEHIND:
+    if config.plain and block <= BEHIND:
         raise DataError(f"windows of {block} tokens are too short: {BEHIND} lie behind the cut")
-    other, its_vocabulary, its_state = load_model(config.plain, device)
-    if its_vocabulary.tokens != vocabulary.tokens:
-        raise DataError(f"the plain model in {config.plain} has another vocabulary")
-    thinker = (model, as_trained(state, vocabulary))
-    plain = (other, as_trained(its_state, vocabulary))
-    folder = config.data or state["config"]["data"]
-    train, text = (load_split(folder, split, vocabulary, block) for split in ("train", "val"))
-    frequency = torch.bincount(train.tokens, minlength=len(vocabulary.tokens)).float() + 1
-    frequency = (frequency / frequency.sum()).to(device)
-    real = text.first(config.windows, block).real[:, 1:].to(device)
+    thinker, folder = (model, as_trained(state, vocabulary)), config.data or state["config"]["data"]
+    text = load_split(folder, "val", vocabulary, block)
     torch.manual_seed(0)
     study = {"task": state["meta"]["task"], "run": config.run, "plain": config.plain}
-    study["after_forgetting"] = after_forgetting(thinker, plain, real, frequency)
+    if config.plain:
+        other, its_vocabulary, its_state = load_model(config.plain, device)
+        if its_vocabulary.tokens != vocabulary.tokens:
+            raise DataError(f"the plain model in {config.plain} has another vocabulary")
+        train = load_split(folder, "train", vocabulary, block)
+        frequency = torch.bincount(train.tokens, minlength=len(vocabulary.tokens)).float() + 1
+        frequency = (frequency / frequency.sum()).to(device)
+        real = text.first(config.windows, block).real[:, 1:].to(device)
+        plain = (other, as_trained(its_state, vocabulary))
+        study["after_forgetting"] = after_forgetting(thinker, plain, real, frequency)
     study |= where_and_what(thinker, text, vocabulary, config.windows)
     study = json.loads(json.dumps(study), parse_float=lambda x: round(float(x), 4))
     out = Path(config.run)

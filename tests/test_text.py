@@ -238,13 +238,15 @@ def test_a_note_that_tells_all_closes_the_gap_and_one_that_tells_nothing_does_no
 
 def test_places_by_hand():
     text = "GHOST:\nI am\n\nHAMLET:\nAy"
-    places, letters = study.describe(text)
-    names = [study.PLACES[k] for k in places]
+    about = study.describe(text)
+    names = [study.PLACES[k] for k in about["what comes next"]]
     expected = ["line begins", "behind a word", "word begins", "inside a word", "behind a word"]
     assert names[6:12] == [*expected, "line begins"]
     in_name = {i for i, name in enumerate(names) if name == "a speaker's name"}
     assert in_name == {*range(0, 5), *range(12, 19)}
-    assert letters[7:11] == [1, 0, 1, 2]
+    assert about["letters of the word"][7:11] == [1, 0, 1, 2]
+    assert about["vowel, consonant, other"][7:11] == [0, 2, 0, 1]
+    assert study.describe("x" * 10 + "\ny")["characters of the line"] == [0] * 7 + [1] * 3 + [0, 0]
 
 
 def test_information_of_a_chance_pairing_is_about_nothing():

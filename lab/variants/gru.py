@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import Batch, load_meta, load_split, load_vocabulary
+from data.dataset import Batch, Text, load_meta, load_split, load_vocabulary
+from lab.report import TEXT_WINDOWS
 from options import load_config, run
 from train import CLIP, Config, Curriculum, schedule
 
@@ -40,23 +41,27 @@ class GRU(nn.Module):
 
 
 def next_tokens(model: GRU, batch: Batch) -> tuple[Tensor, Tensor]:
-    """-> mean loss of the answer's tokens, in nats; (B,) bool: all of them are the likeliest."""
+    """-> mean loss of the tokens that count, in nats; (B,) bool: all of them are the likeliest."""
     logits, target = model(batch.real)[:, :-1], batch.real[:, 1:]  # (B, T - 1, V), (B, T - 1)
     t = torch.arange(1, batch.real.size(1))
-    counted = (t >= batch.prompt[:, None]) & (t < batch.length[:, None])
+    counted = (t >= batch.prompt[:, None]) | batch.is_text[:, None]
+    counted = counted & (t < batch.length[:, None])
     wrong = (logits.argmax(dim=-1) != target) & counted
     return F.cross_entropy(logits[counted], target[counted]), ~wrong.any(dim=1)
 
 
 @torch.no_grad()
-def accuracy(model: GRU, splits: list, size: int) -> dict[int, float]:
-    """{level: share of answers right}, of `size` sequences each."""
+def measure(model: GRU, splits: list, size: int) -> dict:
+    """{"accuracy": {level: share of answers right}}, of `size` sequences each; or a text's nats."""
     found = {}
     for split in splits:
+        if isinstance(split, Text):
+            windows = split.first(TEXT_WINDOWS, split.block)
+            return {"nats": round(next_tokens(model, windows)[0].item(), 4)}
         for level in split.levels:
             right = next_tokens(model, split.first(size, level))[1]
             found[level] = round(right.float().mean().item(), 4)
-    return found
+    return {"accuracy": found}
 
 
 def main(argv: list[str]) -> None:
@@ -69,7 +74,8 @@ def main(argv: list[str]) -> None:
     rows, *held = (load_split(config.data, name, vocabulary, config.block) for name in names)
     model = GRU(len(vocabulary.tokens), config.n_embd)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=config.weight_decay)
-    curriculum = Curriculum(rows.count, config.curriculum)
+    grows = config.curriculum and not isinstance(rows, Text)
+    curriculum = Curriculum(rows.count, grows)
     began = time.monotonic()
     step, learned = 0, ()  # the step and the second
     while (left := curriculum.steps_left(step, config.steps)) > 0:
@@ -94,14 +100,13 @@ def main(argv: list[str]) -> None:
         "seconds": round(time.monotonic() - began, 1),
         "learned_at_step_and_second": learned,
         "params": sum(p.numel() for p in model.parameters()),
-        "modes": {"policy": {"accuracy": accuracy(model, held, config.eval_rows)}},
+        "modes": {"policy": measure(model, held, config.eval_rows)},
     }
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"GRU, {meta['task']}: all levels learned after (step, second) {learned}")
-    shares = report["modes"]["policy"]["accuracy"].items()
-    print("  ".join(f"{level}: {share:.3f}" for level, share in shares))
+    print(report["modes"]["policy"])
 
 
 if __name__ == "__main__":
