@@ -127,6 +127,16 @@ def test_thoughts_may_be_limited_to_follow_some_characters(tmp_path):
     assert allowed == list("01234")
 
 
+def test_chains_of_one_width_have_dots_behind_them(tmp_path):
+    main(["--width=12", "--levels=3", "--rows=50", f"--out={tmp_path}"])
+    vocabulary = Vocabulary(load_meta(tmp_path))
+    rows = load_split(tmp_path, "test", vocabulary, 1)
+    assert rows.levels == [4, 5, 6, 7, 8, 12] and not (tmp_path / "probe.json").exists()
+    rows = load_split(tmp_path, "train", vocabulary, 1)
+    short = vocabulary.decode(rows.first(1, 2).real[0].tolist())
+    assert short.index("=") == 1 + 2 * 2 + 10 and short.count(".") == 10
+
+
 # ----------------------------------------------------------------------------------------------
 # what can be wrong
 

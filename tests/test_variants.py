@@ -6,11 +6,14 @@ import pytest
 import torch
 from conftest import ROOT, batch_of, call, grid_of, replay, seeded, small
 
+import model
 import train
+from data.arithmetic.prepare import main as prepare_arithmetic
 from data.automata.prepare import main as prepare_automata
-from lab.variants import reinforce
+from lab.variants import finger, reinforce
 from lab.variants.pause import Pause
 from lab.variants.softmax import SoftmaxThoughts
+from model import Cells
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_drawn_softmax_thoughts_match_their_probabilities():
     torch.testing.assert_close(share, h.softmax(dim=-1), atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize("variant", ["pause", "softmax", "reinforce"])
+@pytest.mark.parametrize("variant", ["pause", "softmax", "reinforce", "finger"])
 def test_a_variant_trains_like_the_program(variant, parity, tmp_path):
     options = ["--n_bits=3", "--steps=4", "--eval_rows=10", "--n_embd=16", "--n_head=2"]
     options += [f"--data={parity}", f"--out={tmp_path}", "--report=false"]
@@ -83,6 +86,42 @@ def test_reinforce_has_rollouts_to_compare_in_the_warm_up_too(chains, tmp_path):
     trainer = reinforce.Trainer(small(chains, tmp_path, rollouts=4))
     real = trainer.draw()[0].real
     assert not trainer.paid and (real.view(-1, 4, real.size(1)) == real[::4, None]).all()
+
+
+def test_a_finger_shows_two_tokens_of_the_question_to_each_thought(monkeypatch):
+    """Tokens 0, 1, 2, then = at 3, and thoughts at 4 and 5; the second sequence has no finger."""
+    monkeypatch.setattr(finger, "finger", torch.tensor([3, 0]))
+    cells = Cells(torch.arange(6).expand(2, 6), seen=torch.ones(2, 6, dtype=torch.bool))
+    seen = finger.visible(cells, cells)
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],  # the question sees all that came before
+        [1, 1, 0, 1, 0, 0],
+        [0, 1, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1, 1],
+    ]
+    assert seen[0].int().tolist() == expected
+    assert seen[1].tolist() == torch.ones(6, 6).tril().bool().tolist()
+
+
+@pytest.mark.parametrize("paid", [False, True])
+def test_no_finger_where_the_gate_decides(paid, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "visible", finger.visible)
+    data = tmp_path / "data"
+    prepare_arithmetic(["--width=4", "--levels=2", "--think_after==", f"--out={data}"])
+    trainer = finger.Trainer(small(data, tmp_path, rollouts=2, max_run=3, batch_tokens=800))
+    trainer.paid = paid
+    batch, plan, teaches = trainer.draw()
+    assert set(plan["where"].tolist()) == {0, 5}
+    assert paid == (not plan["where"][teaches].any())
+    rolled = {k: x for k, x in plan.items() if k != "where"}
+    read, free = (
+        finger.rollout(trainer.model, batch.real, batch.length, trainer.thinking, seeded(0), **how)
+        for how in (plan, rolled)
+    )
+    same = (read[1].loss == free[1].loss).flatten(1).all(dim=1)
+    assert same[plan["where"] == 0].all() and not same[plan["where"] > 0].any()
 
 
 def test_a_gru_learns_parity(parity, tmp_path):

@@ -7,9 +7,10 @@ beside this file (or in --out).
   python data/arithmetic/prepare.py --task=addition --digits=5
   python data/arithmetic/prepare.py --input=my_rows.txt --out=out/data/mine
   python data/arithmetic/prepare.py --demonstrate --guesses=0.2
+  python data/arithmetic/prepare.py --width=16 --think_after==      3+4*2..............=4
 
 chain     3+4*2=4: left to right, no precedence, modulo a small number; + and * by 1 .. modulus - 1.
-          Level: operations.
+          Level: operations. With --width a question has room for so many, and dots fill it.
 addition  57+968=1025: plain, most significant digit first. --reversed writes all three numbers
           backwards. Level: digits of the longer operand. --pad writes zeros in front: each operand
           has --digits digits, the sum one more, and there is that one level.
@@ -52,15 +53,17 @@ LEAST = 20  # rows in a file of one's own
 # rows
 
 
-def chain(n: int, modulus: int, draw: random.Random, demonstrate: bool = False) -> str:
-    """One row of n operations, without its row end."""
+def chain(
+    n: int, modulus: int, draw: random.Random, demonstrate: bool = False, width: int = 0
+) -> str:
+    """One row of n operations, without its row end, and dots up to `width` operations."""
     value = draw.randrange(modulus)
     row = f"{value}<think>{value}</think>" if demonstrate else str(value)
     for _ in range(n):
         sign, x = draw.choice("+*"), draw.randrange(1, modulus)
         value = (value + x if sign == "+" else value * x) % modulus
         row += f"{sign}{x}<think>{value}</think>" if demonstrate else f"{sign}{x}"
-    return f"{row}={value}"
+    return f"{row}{'.' * (width - n)}={value}"
 
 
 def probe(vocabulary: Vocabulary, rows: list[str], modulus: int) -> dict:
@@ -181,11 +184,11 @@ def of_additions(args, draw: random.Random):
 
 def of_chains(args, draw: random.Random):
     def make(n: int) -> str:
-        return chain(n, args.modulus, draw, args.demonstrate)
+        return chain(n, args.modulus, draw, args.demonstrate, args.width)
 
     sizes = range(1, args.levels + 1)
     levels = {n: distinct(partial(make, n), args.rows + N_VAL) for n in sizes}
-    longer = [n for n in TEST_LEVELS if n > args.levels]
+    longer = [n for n in TEST_LEVELS if args.levels < n <= (args.width or n)]
     test = [(make(n), n) for n in longer for _ in range(N_TEST)]
     token = "an operation" if args.tokens == "operations" else "a character"
     shown = ", running values demonstrated" * args.demonstrate
@@ -196,7 +199,7 @@ def tokens_of(args, rows: list[str]) -> list[str]:
     """The vocabulary of these rows, but the row end."""
     if args.task == "chain" and args.tokens == "operations" and not args.input:
         operations = [f"{sign}{x}" for sign in "+*" for x in range(1, args.modulus)]
-        return [str(x) for x in range(args.modulus)] + ["="] + operations
+        return [str(x) for x in range(args.modulus)] + ["=", *operations] + ["."] * bool(args.width)
     text = "".join(THOUGHT.sub("", row).replace("<revise>", "") for row in rows)
     return sorted(set(text) | {"="})
 
@@ -210,6 +213,10 @@ def check(args) -> None:
         raise DataError("--demonstrate is for chains: other rows have no running value")
     if args.pad and (args.input or args.task != "addition"):
         raise DataError("--pad is for --task=addition")
+    if args.width and (args.input or args.task != "chain" or args.demonstrate):
+        raise DataError("--width is for chains without --demonstrate")
+    if args.width and args.width < args.levels:
+        raise DataError(f"--width={args.width} has no room for --levels={args.levels}")
     if not 0 <= args.guesses <= 1:
         raise DataError(f"--guesses={args.guesses} is not a share between 0 and 1")
     if args.guesses and args.input:
@@ -233,6 +240,7 @@ def parse(argv=None) -> argparse.Namespace:
     tokens = ("operations", "characters")
     add("--tokens", "operations", "chain: is `+3` one token or two", choices=tokens)
     add("--levels", 8, "chain: operations in the longest training row")
+    add("--width", 0, "chain: operations that a question has room for; 0: as many as it has")
     add("--demonstrate", False, "chain: the running value as a thought", **flag)
     add("--digits", 5, "addition: digits of the longer operand, up to 8")
     add("--reversed", False, "addition: least significant digit first", **flag)
@@ -273,7 +281,7 @@ def main(argv=None) -> None:
             meta["think_after"] = [token for token in tokens if token[-1] in args.think_after]
         out = Path(args.out)
         vocabulary = write_rows(out, meta, {"train": train, "val": val, "test": test})
-        if args.task == "chain" and not args.input:
+        if args.task == "chain" and not args.input and not args.width:
             longest = [untagged(row) for row, n in val if n == args.levels]
             truth = probe(vocabulary, longest, args.modulus)
             (out / "probe.json").write_text(json.dumps(truth))
