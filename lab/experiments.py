@@ -4,8 +4,8 @@ The runs behind the tables: data, training, instruments, and one table a set.
   python lab/experiments.py main --seeds=1,2,3 --jobs=2
   python lab/experiments.py automata --tasks=parity,a5 --models=thinking,gru
 
-Sets: main, chains, automata, text, keyhole, control, demonstrations, observer, addition. A run
-lives in out/SET/TASK/MODEL_SEED and is skipped where its report.json is there; with --jobs=0
+Sets: main, chains, automata, text, keyhole, silent, control, demonstrations, observer, addition. A
+run lives in out/SET/TASK/MODEL_SEED and is skipped where its report.json is there; with --jobs=0
 nothing runs, and the table is of what there is. A run takes one thread: a minute in main and
 chains, two to three a thinking one of automata (others less), ten or more in text.
 
@@ -69,6 +69,7 @@ DATA = AUTOMATA | {
     "addition": f"{CHAINS} --task=addition",
     "addition_padded": f"{CHAINS} --task=addition --pad",
     "addition_reversed": f"{CHAINS} --task=addition --reversed --digits=3",
+    "silent": f"{CHAINS} --width=16 --think_after==",
     "recall": "data/recall/prepare.py",
     "text": "data/shakespeare/prepare.py",
 }
@@ -105,6 +106,12 @@ LOOKS = {
     "plain": f"train.py {KEYHOLE} --n_bits=0",
 }
 DEPTHS = {"": "", "_two_layers": " --n_layer=2"}
+SILENT = {
+    "finger": "lab/variants/finger.py config/silent.toml",
+    "no_finger": "train.py config/silent.toml",
+    "pause": "lab/variants/pause.py config/silent.toml",
+    "plain": "train.py config/silent.toml --n_bits=0",
+}
 NOTES = "train.py config/shakespeare_notes.toml --init_from={plain} --plain={plain}"
 SETS = {
     "main": {("chains", model): words for model, words in MAIN.items()},
@@ -128,6 +135,11 @@ SETS = {
         for depth, layers in DEPTHS.items()
     }
     | {("text", "gru"): f"lab/variants/gru.py {KEYHOLE} --n_embd=180"},
+    "silent": {
+        ("silent", f"{kind}{depth}"): f"{words}{layers}"
+        for depth, layers in DEPTHS.items()
+        for kind, words in SILENT.items()
+    },
     "control": {
         ("recall", "recall"): "train.py config/recall.toml && lab/control.py",
         ("addition_padded", "revise"): f"{REVISE} && lab/control.py",
@@ -184,6 +196,11 @@ TABLES = {
         "bits saved": "study/after_forgetting/bits_saved_behind",
     },
     "keyhole": {"nats a token": "own/nats", **NATS, "thoughts a token": "own/thoughts_per_token"},
+    "silent": {
+        **{"worst trained length": "worst", "12": "own/accuracy/12", "16": "own/accuracy/16"},
+        **ABLATIONS,
+        **{f"thoughts at {n}": f"own/thoughts_per_row/{n}" for n in (1, 2, 4, 6, 8, 12)},
+    },
     "control": {
         **{f"{how}, right": f"control/recall/{how}/right" for how in ("gate", "never", "always")},
         **{f"{how}, cost": f"control/recall/{how}/cost" for how in ("gate", "never", "always")},

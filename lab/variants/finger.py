@@ -16,6 +16,7 @@ always equally far from thought r. What it shows is in docs/where.md. Arguments 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import model
 import train
-from model import Cells
+from model import Cells, Thinking
 from options import run
 
 SHARE = 0.7  # of the sequences in which nothing is decided by the gate
@@ -55,6 +56,12 @@ def rollout(*arguments, where: Tensor | None = None, **options) -> tuple:
 
 
 class Trainer(train.Trainer):
+    @property
+    def thinking(self) -> Thinking:
+        """In the warm-up, one thought more than the longest level in use."""
+        usual, most = super().thinking, self.curriculum.levels[-1] + 1
+        return usual if self.paid else replace(usual, max_run=min(usual.max_run, most))
+
     def draw(self) -> tuple:
         """As ever, and in the plan: where the finger is."""
         batch, plan, teaches = super().draw()
