@@ -34,6 +34,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import math
 import re
 import struct
 import sys
@@ -50,6 +51,27 @@ HEADER = struct.Struct("<8sIIQ32s")  # magic, version, rows, tokens, SHA-256
 
 class DataError(Exception):
     """A file or a text that cannot be used; the message is one sentence for who gave it."""
+
+
+def add_option(parser, name: str, default, help: str, low=None, high=None, **more) -> None:
+    """
+    Give a prepare.py an option of its default's type (None: a whole number; False: a flag), a
+    number from low to high. Any other value ends the program with one sentence.
+    """
+    if default is False:
+        parser.add_argument(name, action="store_true", help=help, **more)
+        return
+    kind = int if default is None else type(default)
+
+    def parse(text: str):
+        value = kind(text)
+        if low is not None and not low <= value <= (math.inf if high is None else high):
+            allowed = f"at least {low}" if high is None else f"{low} to {high}"
+            sys.exit(f"prepare.py: {name}={text} is not allowed: {allowed}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says it
+    parser.add_argument(name, type=parse, default=default, help=help, **more)
 
 
 @contextlib.contextmanager

@@ -262,7 +262,7 @@ def test_the_seed_of_the_rows_is_not_that_of_the_automaton(tmp_path):
         ("--levels=0", "--levels=0"),
         ("--rows=0", "--rows=0"),
         ("--task=even_pairs --states=5", "--states is for counter and random"),
-        ("--task=parity --states=0", "--states is for"),
+        ("--task=parity --states=2", "--states is for"),
         ("--task=counter --letters=3", "--letters is for random"),
         ("--task=counter --permutations", "--permutations is for random"),
         ("--task=random --generators", "--generators is for s3, s5 and a5"),

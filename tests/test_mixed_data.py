@@ -212,5 +212,5 @@ def test_recall_rows_are_held_out(tmp_path):
     asked = val.all.real.gather(1, val.all.prompt[:, None] - 1)[:, 0].tolist()
     assert vocabulary.decode(asked) == "?" * 270
     assert json.loads((tmp_path / "meta.json").read_text())["level"] == "assignments"
-    with pytest.raises(SystemExit, match="prepare.py: there must be"):
+    with pytest.raises(SystemExit, match="prepare.py: --levels=11 needs"):
         recall_task.main(["--levels=11", f"--out={tmp_path}"])

@@ -39,6 +39,7 @@ from data.dataset import (
     THOUGHT,
     DataError,
     Vocabulary,
+    add_option,
     check_tags,
     one_sentence,
     untagged,
@@ -217,37 +218,29 @@ def check(args) -> None:
         raise DataError("--width is for chains without --demonstrate")
     if args.width and args.width < args.levels:
         raise DataError(f"--width={args.width} has no room for --levels={args.levels}")
-    if not 0 <= args.guesses <= 1:
-        raise DataError(f"--guesses={args.guesses} is not a share between 0 and 1")
     if args.guesses and args.input:
         raise DataError("--guesses is not for --input: your rows bring their own <revise>")
-    if not 1 <= args.digits <= 8:
-        raise DataError(f"--digits={args.digits} is not between 1 and 8")
 
 
 def parse(argv=None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=formatter)
 
-    def add(option: str, default, help: str, **more) -> None:
-        kind = {} if "action" in more else {"type": type(default), "default": default}
-        parser.add_argument(option, help=help, **kind, **more)
-
-    flag = {"action": "store_true"}
+    add = partial(add_option, parser)
     add("--task", "chain", "which rows are made here", choices=("chain", "addition"))
     add("--input", "", "a text file of question=answer lines, instead")
-    add("--modulus", 5, "chain: of the numbers", choices=range(2, 11), metavar="2..10")
+    add("--modulus", 5, "chain: of the numbers", 2, 10)
     tokens = ("operations", "characters")
     add("--tokens", "operations", "chain: is `+3` one token or two", choices=tokens)
-    add("--levels", 8, "chain: operations in the longest training row")
-    add("--width", 0, "chain: operations that a question has room for; 0: as many as it has")
-    add("--demonstrate", False, "chain: the running value as a thought", **flag)
-    add("--digits", 5, "addition: digits of the longer operand, up to 8")
-    add("--reversed", False, "addition: least significant digit first", **flag)
-    add("--pad", False, "addition: zeros in front, so that all numbers have one length", **flag)
+    add("--levels", 8, "chain: operations in the longest training row", 1, 1000)
+    add("--width", 0, "chain: operations that a question has room for; 0: as many as it has", 0)
+    add("--demonstrate", False, "chain: the running value as a thought")
+    add("--digits", 5, "addition: digits of the longer operand", 1, 8)
+    add("--reversed", False, "addition: least significant digit first")
+    add("--pad", False, "addition: zeros in front, so that all numbers have one length")
     share = "training rows whose answer has a wrong first guess, 0 to 1"
-    add("--guesses", 0.0, share, metavar="SHARE")
-    add("--rows", 50_000, "training rows a level, at most")
+    add("--guesses", 0.0, share, 0, 1, metavar="SHARE")
+    add("--rows", 50_000, "training rows a level, at most", 1)
     add("--think_after", "", "characters that a thought may follow, e.g. 0123456789")
     add("--seed", 1337, "of everything that is drawn")
     add("--out", str(Path(__file__).parent), "folder; beside this file by default")
@@ -279,6 +272,8 @@ def main(argv=None) -> None:
         meta |= {"level": counts, "seed": args.seed}
         if args.think_after:
             meta["think_after"] = [token for token in tokens if token[-1] in args.think_after]
+            if not meta["think_after"]:
+                raise DataError(f"no token ends in one of --think_after={args.think_after}")
         out = Path(args.out)
         vocabulary = write_rows(out, meta, {"train": train, "val": val, "test": test})
         if args.task == "chain" and not args.input and not args.width:

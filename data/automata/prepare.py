@@ -46,7 +46,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.arithmetic.prepare import distinct, split
-from data.dataset import DataError, Vocabulary, one_sentence, write_rows
+from data.dataset import DataError, Vocabulary, add_option, one_sentence, write_rows
 
 TEST_LEVELS = (16, 24, 48, 100, 500)
 TRIES = 10_000  # draws of an automaton before giving up
@@ -278,14 +278,6 @@ def check(args: argparse.Namespace) -> None:
         raise DataError(f"--answer=accept is not for --task={args.task}: it has its own answer")
     if args.automaton is not None and args.task != "random" and args.answer != "accept":
         raise DataError("--automaton is for --task=random and for --answer=accept")
-    if args.states is not None and not 2 <= args.states <= 200:
-        raise DataError(f"--states={args.states} is not between 2 and 200")
-    if args.letters is not None and not 1 <= args.letters <= 26:
-        raise DataError(f"--letters={args.letters} is not between 1 and 26")
-    if not 1 <= args.levels <= 1000:
-        raise DataError(f"--levels={args.levels} is not between 1 and 1000")
-    if args.rows < 100:
-        raise DataError(f"--rows={args.rows} is less than 100 rows a level")
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -296,19 +288,18 @@ def parse(argv=None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=formatter)
 
-    def number(option: str, help: str, default: int | None = None) -> None:
-        parser.add_argument(option, type=int, metavar="N", default=default, help=help)
+    number = partial(add_option, parser, metavar="N")
 
     def flag(option: str, help: str) -> None:
         parser.add_argument(option, action="store_true", default=None, help=help)
 
     parser.add_argument("--task", choices=TASKS, default="parity", help="default: parity")
-    number("--levels", "longest length that is trained (default: %(default)s)", 12)
-    number("--rows", "training rows a level, at most (default: %(default)s)", 20_000)
-    number("--seed", "draws the rows (default: %(default)s)", 1337)
-    number("--automaton", "draws the random automaton, and which states accept (default: 1)")
-    number("--states", "counter, random: how many states, 2 to 200 (default: 8)")
-    number("--letters", "random: how many letters, 1 to 26 (default: 3)")
+    number("--levels", 12, "longest length that is trained (default: %(default)s)", 1, 1000)
+    number("--rows", 20_000, "training rows a level, at most (default: %(default)s)", 100)
+    number("--seed", 1337, "draws the rows (default: %(default)s)")
+    number("--automaton", None, "draws the random automaton, and which states accept (default: 1)")
+    number("--states", None, "counter, random: how many states (default: 8)", 2, 200)
+    number("--letters", None, "random: how many letters (default: 3)", 1, 26)
     parser.add_argument(
         "--answer",
         choices=("state", "accept"),

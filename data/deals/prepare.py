@@ -26,11 +26,12 @@ import itertools
 import math
 import random
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import DataError, one_sentence, write_rows
+from data.dataset import DataError, add_option, one_sentence, write_rows
 
 PACKS = range(2, 13)
 PRICES = [half / 2 for half in range(2, 26)]  # dollars
@@ -125,20 +126,16 @@ def check(args, biased: list[str]) -> None:
         raise DataError(f"{unknown[0]!r} is none of the brands: {', '.join(BRANDS)}")
     if len(biased) == len(BRANDS) or (args.bias > 0) != bool(biased):
         raise DataError("a bias needs --biased=BRAND,.. and a --bias above 0, and spares a brand")
-    if not 100 <= args.rows <= MOST_ROWS:
-        raise DataError(f"rows = {args.rows} is not allowed: 100 to {MOST_ROWS:,}")
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
 
-    def add(option: str, default, help: str, **more) -> None:
-        parser.add_argument(option, type=type(default), default=default, help=help, **more)
-
-    add("--rows", 100_000, "training rows")
+    add = partial(add_option, parser)
+    add("--rows", 100_000, "training rows", 100, MOST_ROWS)
     add("--biased", "", "brands with a planted bias, with commas; the first is mended")
-    add("--bias", 0.0, "added to the score of a biased brand")
-    parser.add_argument("--shuffle", action="store_true", help="answers of other rows: a control")
+    add("--bias", 0.0, "added to the score of a biased brand", 0)
+    add("--shuffle", False, "answers of other rows: a control")
     add("--seed", 1337, "of everything that is drawn")
     add("--out", str(Path(__file__).parent), "folder; beside this file by default")
     args = parser.parse_args(argv)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.arithmetic.prepare import N_VAL, distinct, split
-from data.dataset import DataError, one_sentence, write_rows
+from data.dataset import DataError, add_option, one_sentence, write_rows
 
 FILLER = ".,-"
 
@@ -38,23 +38,19 @@ def recall(n: int, letters: int, digits: int, filler: int, draw: random.Random) 
 
 def check(args) -> None:
     """Raises DataError with one sentence for what cannot be made."""
-    if not 1 <= args.levels <= args.letters <= 26:
-        raise DataError("there must be 1 to 26 letters, and 1 to that many levels")
-    if not 2 <= args.digits <= 10 or args.filler < 0 or args.rows < 1:
-        raise DataError("there must be 2 to 10 digits, no negative filler, and a row a level")
+    if args.levels > args.letters:
+        raise DataError(f"--levels={args.levels} needs as many --letters")
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
 
-    def add(option: str, default, help: str, **more) -> None:
-        parser.add_argument(option, type=type(default), default=default, help=help, **more)
-
-    add("--letters", 10, "how many there are, from a on; up to 26")
-    add("--digits", 10, "a letter gets one of 0 .. digits - 1")
-    add("--levels", 6, "assignments in the longest training row")
-    add("--filler", 16, "tokens between the last assignment and the question")
-    add("--rows", 50_000, "training rows a level, at most")
+    add = partial(add_option, parser)
+    add("--letters", 10, "how many there are, from a on", 1, 26)
+    add("--digits", 10, "a letter gets one of 0 .. digits - 1", 2, 10)
+    add("--levels", 6, "assignments in the longest training row", 1, 26)
+    add("--filler", 16, "tokens between the last assignment and the question", 0)
+    add("--rows", 50_000, "training rows a level, at most", 1)
     tokens = ("assignments", "characters")
     add("--tokens", "assignments", "is `a=3;` one token or four", choices=tokens)
     add("--seed", 1337, "of everything that is drawn")

