@@ -174,6 +174,8 @@ def test_train_add_thoughts_study_and_sample_as_a_person_does(verses, tmp_path, 
     small += ["--steps=6", "--batch_tokens=96", "--eval_every=3", "--eval_rows=5"]
     small += ["--report=false", "--device=cpu"]
     train.main(["config/shakespeare_plain.toml", *small, f"--out={plain}"])
+    lines = (plain / "metrics.jsonl").read_text().splitlines()
+    assert 0 < json.loads(lines[-1])["right"] < 1, "in a text, the share of tokens"
     notes = ["config/shakespeare_notes.toml", *small, "--n_bits=2", "--max_run=2"]
     notes += [f"--init_from={plain}", f"--plain={plain}"]
     train.main([*notes, f"--out={out}"])
@@ -181,6 +183,10 @@ def test_train_add_thoughts_study_and_sample_as_a_person_does(verses, tmp_path, 
     found = json.loads((out / "study.json").read_text())["after_forgetting"]
     assert all(len(curve) == 16 for curve in found["curves"].values())
     assert found["bits_a_note_can_carry"] == 4 and (out / "study.png").exists()
+    study.main([f"--run={out}", "--windows=20", "--device=cpu"])
+    found = json.loads((out / "study.json").read_text())
+    assert {len(bits) for bits in found["information_of_each_bit"].values()} == {2}
+    assert "after_forgetting" not in found
     capsys.readouterr()
     sampled = [f"--run={out}", "--temperature=1", "--max_new_tokens=100", "--device=cpu", "GHOST:"]
     sample.main(sampled)
