@@ -667,6 +667,8 @@ class Trainer:
         if config.n_bits and (told > config.max_run or symbols > 2**config.n_bits):
             message = f"the data demonstrate {symbols} thoughts, up to {told} in a row: more than"
             raise DataError(f"{message} n_bits = {config.n_bits}, max_run = {config.max_run} hold")
+        if config.n_bits and config.window == 1:
+            raise DataError("window = 1 shows a cell only itself: no thought would be read later")
         torch.manual_seed(config.seed)
         self.model = first_model(config, self.vocabulary).to(self.device)
         self.network = torch.compile(self.model, dynamic=True) if config.compile else self.model

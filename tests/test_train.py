@@ -342,6 +342,7 @@ BAD = {
     "--rollouts=0": "rollouts = 0 is not allowed: 1 to 64",
     "--explore=0.6": "explore = 0.6 is not allowed: 0 to 0.5",
     "--batch_tokens=-5": "batch_tokens = -5 is not allowed: at least 1",
+    "--window=1": "window = 1 shows a cell only itself",
     "--seed=99999999999999999999": "is not allowed: 0 to 4294967296",
     "--out=": "out is empty: name a folder",
     "--think_cost=inf": "think_cost = 'inf' is not",
