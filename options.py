@@ -12,7 +12,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from data.dataset import DataError
+from data.dataset import DataError, check_range
 
 
 def option(default, help: str, low: float | None = None, high: float | None = None):
@@ -31,9 +31,7 @@ def parse(field: dataclasses.Field, text):
             raise ValueError
     except (ValueError, KeyError):
         raise DataError(f"{field.name} = {text!r} is not a {kind.__name__}") from None
-    if low is not None and value < low or high is not None and value > high:
-        allowed = f"at least {low}" if high is None else f"{low} to {high}"
-        raise DataError(f"{field.name} = {text} is not allowed: {allowed}")
+    check_range(f"{field.name} = {text}", value, low, high)
     return value
 
 

@@ -138,7 +138,7 @@ def main(argv: list[str]) -> None:
     trained, thinking = trained_config(state), as_trained(state, vocabulary)
     if config.window >= 0:
         thinking.window = config.window
-    elif vocabulary.row_end < 0 and not thinking.window:  # a text has no end, its windows have
+    elif vocabulary.is_text and not thinking.window:  # a text has no end, its windows have
         thinking.window = trained.block * (1 + thinking.longest_run(model.config))
     thinking.greedy = not config.temperature
     thinking.price = config.price if config.price >= 0 else None

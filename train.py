@@ -676,8 +676,8 @@ class Trainer:
         self.clipped = [], []  # all else, and the observer: one must not shrink the other
         for name, p in self.model.named_parameters():
             self.clipped[".observer." in name].append(p)
-        self.has_answers = self.vocabulary.row_end >= 0  # a text has none to master
-        self.curriculum = Curriculum(self.rows.count, config.curriculum and self.has_answers)
+        grows = config.curriculum and not self.vocabulary.is_text  # which has no answers to master
+        self.curriculum = Curriculum(self.rows.count, grows)
         self.ways = {paid: how_to_think(config, self.vocabulary, paid) for paid in (False, True)}
         self.step, self.seconds, self.paid = 0, 0.0, False
 
@@ -726,7 +726,7 @@ class Trainer:
         log = {"step": self.step, "paid": self.paid, "level": int(batch.level.max())}
         log |= {"loss": terms.pop("tokens").item()}
         log |= {f"loss_{name}": term.item() for name, term in terms.items()}
-        shown = right if self.has_answers else out.right[grid.emits]  # in a text, tokens
+        shown = out.right[grid.emits] if self.vocabulary.is_text else right  # tokens, or answers
         log |= {"right": shown.float().mean().item(), "tokens": tokens}
         log |= {"thoughts_per_token": int(grid.thinks.sum()) / tokens}
         log |= {"recalls_per_token": int(grid.recalls.sum()) / tokens}

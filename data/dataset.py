@@ -34,7 +34,6 @@ import base64
 import contextlib
 import hashlib
 import json
-import math
 import re
 import struct
 import sys
@@ -53,6 +52,13 @@ class DataError(Exception):
     """A file or a text that cannot be used; the message is one sentence for who gave it."""
 
 
+def check_range(said: str, value, low, high) -> None:
+    """Raises DataError if a value, as it was `said`, is not from low to high; None: no limit."""
+    if low is not None and not value >= low or high is not None and not value <= high:
+        allowed = f"at least {low}" if high is None else f"{low} to {high}"
+        raise DataError(f"{said} is not allowed: {allowed}")
+
+
 def add_option(parser, name: str, default, help: str, low=None, high=None, **more) -> None:
     """
     Give a prepare.py an option of its default's type (None: a whole number; False: a flag), a
@@ -65,9 +71,8 @@ def add_option(parser, name: str, default, help: str, low=None, high=None, **mor
 
     def parse(text: str):
         value = kind(text)
-        if low is not None and not low <= value <= (math.inf if high is None else high):
-            allowed = f"at least {low}" if high is None else f"{low} to {high}"
-            sys.exit(f"prepare.py: {name}={text} is not allowed: {allowed}")
+        with one_sentence(""):
+            check_range(f"{name}={text}", value, low, high)
         return value
 
     parse.__name__ = kind.__name__  # argparse says it
@@ -330,6 +335,11 @@ class Vocabulary:
         self.row_end = self.index[meta["row_end"]] if "row_end" in meta else -1
         self.answer_after = self.index[meta["answer_after"]] if "answer_after" in meta else -1
 
+    @property
+    def is_text(self) -> bool:
+        """Running text, without rows and answers."""
+        return self.row_end < 0
+
     def encode(self, text: str) -> list[int]:
         """Raises DataError that names a character outside the vocabulary."""
         ids, at = [], 0
@@ -467,7 +477,7 @@ def load_meta(folder: str) -> dict:
 def load_split(folder: str, split: str, vocabulary: Vocabulary, block: int) -> Rows | Text:
     """block: tokens in a window of a text; rows have their own lengths. Raises DataError."""
     tokens, levels = read_bin(Path(folder) / f"{split}.bin", vocabulary.meta)
-    if vocabulary.row_end < 0:
+    if vocabulary.is_text:
         return Text(tokens, block)
     sizes = len(vocabulary.tokens), len(vocabulary.thought)
     return Rows(tokens, levels, vocabulary.row_end, vocabulary.answer_after, *sizes)

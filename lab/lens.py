@@ -293,7 +293,7 @@ def check(model: GPT, vocabulary: Vocabulary, folder: str) -> None:
     """Raises DataError for a model that the lens cannot look through."""
     if model.config.observer:
         raise DataError(f"the model in {folder} has an observer, which the lens cannot see through")
-    if vocabulary.row_end < 0:
+    if vocabulary.is_text:
         raise DataError(f"the model in {folder} reads a text: the lens needs rows with answers")
 
 

@@ -190,7 +190,7 @@ def read_texts(prompts: list[str], file: str, vocabulary: Vocabulary) -> list[st
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read a text from {file}: {error}") from None
-    texts = [text] if vocabulary.row_end < 0 else [line for line in text.splitlines() if line]
+    texts = [text] if vocabulary.is_text else [line for line in text.splitlines() if line]
     if not any(texts):
         raise DataError(f"there is no text in {file}")
     return texts
@@ -200,7 +200,7 @@ def make_trace(texts: list[str], config: ObserveConfig, model: GPT, vocabulary, 
     """-> what trace.json holds. Raises DataError."""
     device, reads = model.head.weight.device, config.teach or bool(config.input)
     thinking, notes, sequences = as_trained(state, vocabulary), [], []
-    if vocabulary.row_end < 0 and not thinking.window:  # a text has no end, its windows have
+    if vocabulary.is_text and not thinking.window:  # a text has no end, its windows have
         thinking.window = trained_config(state).block * (1 + thinking.longest_run(model.config))
     if thinking.force is not None and model.config.n_bits:
         notes.append("Its gate has learned nothing yet: it thinks as it was made to in training.")

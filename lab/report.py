@@ -190,7 +190,7 @@ def make_report(config: ReportConfig) -> dict:
         "modes": {},
         "windows": {},
     }
-    is_text, thinking = isinstance(splits[0], Text), as_trained(state, vocabulary)
+    is_text, thinking = vocabulary.is_text, as_trained(state, vocabulary)
 
     def measure(model: GPT, **how) -> dict:
         changed = dataclasses.replace(thinking, **how)

@@ -178,15 +178,14 @@ def where_and_what(thinker, text: Text, vocabulary: Vocabulary, size: int) -> di
     by_place = {name: thinks[place[index] == k] for k, name in enumerate(PLACES)}
     by_place = {name: [x.double().mean().item(), len(x)] for name, x in by_place.items() if len(x)}
     thought, index = thought[thinks > 0], index[thinks > 0]
-    about = {name: label[index] for name, label in about.items()}
+    labels = {name: label[index] for name, label in about.items()}
     for name, step in {"last token": 0, "token before it": -1, "next token": 1}.items():
-        about[name] = text.tokens[(index + step).clamp(0, len(text.tokens) - 1)]
-    if not len(thought):
-        about = {}
+        labels[name] = text.tokens[(index + step).clamp(0, len(text.tokens) - 1)]
+    labels = labels if len(thought) else {}
     number = thought.to(generator.device) - model.config.vocab_size
     bits = (model.thoughts.bits(number) > 0).long().cpu()  # (N, d)
-    of_bits = {name: [information(bit, label) for bit in bits.T] for name, label in about.items()}
-    known = {name: information(thought, label) for name, label in about.items()}
+    of_bits = {name: [information(bit, label) for bit in bits.T] for name, label in labels.items()}
+    known = {name: information(thought, label) for name, label in labels.items()}
     found = {"rate_and_count_by_place": by_place, "information_nats": known}
     return found | {"information_of_each_bit": of_bits}
 
@@ -229,11 +228,12 @@ def main(argv: list[str]) -> None:
     device = pick_device(config.device)
     model, vocabulary, state = load_model(config.run, device)
     block = state["config"]["block"]
-    if not model.config.n_bits or vocabulary.row_end >= 0:
+    if not model.config.n_bits or not vocabulary.is_text:
         raise DataError(f"{config.run} is not a thinking model of a text")
     if config.plain and block <= BEHIND:
         raise DataError(f"windows of {block} tokens are too short: {BEHIND} lie behind the cut")
-    thinker, folder = (model, as_trained(state, vocabulary)), config.data or state["config"]["data"]
+    thinker = (model, as_trained(state, vocabulary))
+    folder = config.data or state["config"]["data"]
     text = load_split(folder, "val", vocabulary, block)
     torch.manual_seed(0)
     study = {"task": state["meta"]["task"], "run": config.run, "plain": config.plain}

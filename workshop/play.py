@@ -46,7 +46,7 @@ def check(model: GPT, vocabulary: Vocabulary) -> None:
         "RECALL": config.recall,
         "REVISE": config.revise,
         "learned positions": config.n_positions,
-        "a text instead of rows with answers": vocabulary.row_end < 0,
+        "a text instead of rows with answers": vocabulary.is_text,
     }
     if has := [name for name, there in cannot.items() if there]:
         raise DataError(f"the page cannot play a model with {' and '.join(has)}")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.dataset import Batch, Text, load_meta, load_split, load_vocabulary
 from lab.report import TEXT_WINDOWS
 from options import load_config, run
-from train import CLIP, Config, Curriculum, schedule
+from train import CLIP, Config, Curriculum, counted_tokens, schedule
 
 LR = 3e-3
 
@@ -43,9 +43,8 @@ class GRU(nn.Module):
 def next_tokens(model: GRU, batch: Batch) -> tuple[Tensor, Tensor]:
     """-> mean loss of the tokens that count, in nats; (B,) bool: all of them are the likeliest."""
     logits, target = model(batch.real)[:, :-1], batch.real[:, 1:]  # (B, T - 1, V), (B, T - 1)
-    t = torch.arange(1, batch.real.size(1))
-    counted = (t >= batch.prompt[:, None]) | batch.is_text[:, None]
-    counted = counted & (t < batch.length[:, None])
+    there = torch.arange(1, batch.real.size(1)) < batch.length[:, None]
+    counted = counted_tokens(batch)[:, :-1, 0] & there
     wrong = (logits.argmax(dim=-1) != target) & counted
     return F.cross_entropy(logits[counted], target[counted]), ~wrong.any(dim=1)
 
@@ -74,8 +73,7 @@ def main(argv: list[str]) -> None:
     rows, *held = (load_split(config.data, name, vocabulary, config.block) for name in names)
     model = GRU(len(vocabulary.tokens), config.n_embd)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=config.weight_decay)
-    grows = config.curriculum and not isinstance(rows, Text)
-    curriculum = Curriculum(rows.count, grows)
+    curriculum = Curriculum(rows.count, config.curriculum and not vocabulary.is_text)
     began = time.monotonic()
     step, learned = 0, ()  # the step and the second
     while (left := curriculum.steps_left(step, config.steps)) > 0:
