@@ -690,7 +690,8 @@ class Trainer:
         A batch of the levels in use -> batch; see draw_plan; (B,) bool: sequences that teach the
         gates and the observer: all in the warm-up. In the cost phase a batch is groups of
         `rollouts`. One group in `rollouts` teaches, and is one sequence so many times, planned
-        alike, in which the gate decides; the others are different sequences, which think always.
+        alike, in which the gate decides; the others are different sequences, which think always,
+        but in a text the gate decides there, too: what it emits in silence must be as good.
         """
         c, levels, device = self.config, self.curriculum.levels, self.device
         rollouts = c.rollouts if self.paid else 1
@@ -702,7 +703,8 @@ class Trainer:
         own = torch.where(teaches, own // rollouts * rollouts, own)
         gave_up = self.curriculum.gave_up
         share = c.forget * (not gave_up)
-        plan = draw_plan(batch, self.thinking, share, teaches & (self.thinking.force is None))
+        decides = (teaches | batch.is_text) & (self.thinking.force is None)
+        plan = draw_plan(batch, self.thinking, share, decides)
         # a window would hide what is before a jump, learned positions have no room for it
         plan["jumps"] *= not (c.window or gave_up) and self.model.position is None
         return batch.rows(own), {name: x[own] for name, x in plan.items()}, teaches

@@ -4,7 +4,7 @@ The runs behind the tables: data, training, instruments, and one table a set.
   python lab/experiments.py main --seeds=1,2,3 --jobs=2
   python lab/experiments.py automata --tasks=parity,a5 --models=thinking,gru
 
-Sets: main, chains, automata, text, keyhole, silent, control, demonstrations, observer, addition. A
+Sets: main, chains, automata, text, keyhole, silent, mixed, control, demonstrations, observer, addition. A
 run lives in out/SET/TASK/MODEL_SEED and is skipped where its report.json is there; with --jobs=0
 nothing runs, and the table is of what there is. A run takes one thread: a minute in main and
 chains, two to three a thinking one of automata (others less), ten or more in text.
@@ -70,12 +70,15 @@ DATA = AUTOMATA | {
     "addition_padded": f"{CHAINS} --task=addition --pad",
     "addition_reversed": f"{CHAINS} --task=addition --reversed --digits=3",
     "silent": f"{CHAINS} --width=16 --think_after==",
+    "primer": "data/mixed/prepare.py --primer",
+    "mixed": "data/mixed/prepare.py",
     "recall": "data/recall/prepare.py",
     "text": "data/shakespeare/prepare.py",
 }
 
 # ----------------------------------------------------------------------------------------------
-# sets: {(task, model): training && instruments}; {plain} is the plain run of the same seed
+# sets: {(task, model): training && instruments}; {plain} is the plain run of the same task and
+# seed, {primer} the run of the same model and seed in the task primer
 
 MAIN = {
     "thinking": "train.py config/chain.toml",
@@ -112,6 +115,7 @@ SILENT = {
     "pause": "lab/variants/pause.py config/silent.toml",
     "plain": "train.py config/silent.toml --n_bits=0",
 }
+PRIMER, MIXED = "config/chain.toml --n_embd=128", "config/mixed.toml --init_from={primer}"
 NOTES = "train.py config/shakespeare_notes.toml --init_from={plain} --plain={plain}"
 SETS = {
     "main": {("chains", model): words for model, words in MAIN.items()},
@@ -139,6 +143,13 @@ SETS = {
         ("silent", f"{kind}{depth}"): f"{words}{layers}"
         for depth, layers in DEPTHS.items()
         for kind, words in SILENT.items()
+    },
+    "mixed": {
+        ("primer", "thinking"): f"train.py {PRIMER}",
+        ("primer", "pause"): f"lab/variants/pause.py {PRIMER}",
+        ("mixed", "plain"): f"train.py {MIXED.replace('{primer}', '')} --n_bits=0",
+        ("mixed", "thinking"): f"train.py {MIXED} && lab/where.py --plain={{plain}}",
+        ("mixed", "pause"): f"lab/variants/pause.py {MIXED} && lab/where.py --plain={{plain}}",
     },
     "control": {
         ("recall", "recall"): "train.py config/recall.toml && lab/control.py",
@@ -194,6 +205,16 @@ TABLES = {
         "closed by the note": "study/after_forgetting/closed/note",
         "closed by another note": "study/after_forgetting/closed/note swapped",
         "bits saved": "study/after_forgetting/bits_saved_behind",
+    },
+    "mixed": {
+        "worst trained length": "worst",
+        "prose, nats": "where/policy/prose_nats",
+        "plain": "where/plain/prose_nats",
+        "sums": "where/policy/sums_right",
+        **{mode: f"where/{mode}/sums_right" for mode in ABLATIONS},
+        "plain, sums": "where/plain/sums_right",
+        "thoughts in prose": "where/policy/thoughts_in_prose",
+        "at sums": "where/policy/thoughts_at_sums",
     },
     "keyhole": {"nats a token": "own/nats", **NATS, "thoughts a token": "own/thoughts_per_token"},
     "silent": {
@@ -308,7 +329,8 @@ def make(task: str) -> None:
 def commands(name: str, task: str, model: str, seed: str) -> list[list[str]]:
     """Training, then the instruments, of one run."""
     home = OUT / name / task
-    training, *after = SETS[name][task, model].format(plain=home / f"plain_{seed}").split(" && ")
+    others = {"plain": home / f"plain_{seed}", "primer": OUT / name / "primer" / f"{model}_{seed}"}
+    training, *after = SETS[name][task, model].format(**others).split(" && ")
     own = [f"--data={OUT / 'data' / task}", f"--out={home / f'{model}_{seed}'}", f"--seed={seed}"]
     instruments = [[*words.split(), f"--run={home / f'{model}_{seed}'}"] for words in after]
     return [[*training.split(), *own, "--threads=1"], *instruments]
@@ -344,7 +366,7 @@ def main(argv: list[str]) -> None:
         if config.jobs:
             for task in tasks:
                 make(task)
-            first = [job for job in runs if "{plain}" not in SETS[name][job[:2]]]
+            first = [job for job in runs if "{" not in SETS[name][job[:2]]]
             for some in (first, [job for job in runs if job not in first]):
                 with ThreadPoolExecutor(config.jobs) as pool:
                     list(pool.map(partial(run_one, name), some))
