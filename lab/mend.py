@@ -63,7 +63,7 @@ class MendConfig:
     run: str = option("out/deals_biased", "folder of the checkpoint to mend")
     pairs: str = option("out/data/deals_biased/pairs.tsv", "lines use<TAB>row<TAB>twin")
     oracle: str = option("", "folder of a model without the fault, to stand beside")
-    readers: int = option(3, "readers that are edited, of the path's strongest", 1)
+    readers: int = option(3, "readers that are edited, those of the most effect", 1)
     rank: int = option(1, "directions that each no longer reads", 1)
     lr: float = option(1e-3, "learning rate of tuning", 0, 1)
     controls: bool = option(True, "random edits and tuning, too")
@@ -294,7 +294,7 @@ def tuned(model: GPT, mend: Group, keep: Group, masks: list[dict] | None, lr: fl
 
 
 def arms(config: MendConfig, model: GPT, mend: Group, keep: Group, score: Tensor):
-    """score: of the path's edges, (S, R). Yields what was done, and the model that comes of it."""
+    """score: of all edges, (S, R). Yields what was done, and the model that comes of it."""
     names, layers = readers(model.config), range(model.config.n_layer)
     heads = [f"{n}.{h}" for n in layers for h in range(model.config.n_head)]
     components = heads + [f"{n}.mlp" for n in layers]
@@ -372,7 +372,7 @@ def main(argv: list[str]) -> None:
     bugs = {use: predict(model, g, path) for use, g in tests.items() if g.twins}
     results = {"as it is": grade(model, groups)}
     state = load_checkpoint(config.run)
-    for what, new in arms(config, model, mend, keep, score * path):
+    for what, new in arms(config, model, mend, keep, score):
         results[what] = grade(new, groups)
         if len(results) == 2:
             state["model"] = new.state_dict()
