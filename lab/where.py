@@ -85,7 +85,7 @@ def measure(texts: list[list[str]], nats: Tensor, right: Tensor, thinks: Tensor)
         for begin, equals in find_sums(text):
             answers.setdefault(equals - begin - 1, []).append(right[i, equals].item())
             thoughtful += thinks[i, begin + 1 : equals].tolist()
-    every = sum(answers.values(), [])
+    every = [x for some in answers.values() for x in some]
     return {
         "prose_nats": nats[prose[:, :-1] & prose[:, 1:]].mean().item(),
         "sums_right": sum(every) / len(every),

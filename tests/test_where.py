@@ -1,4 +1,4 @@
-"""data/mixed/prepare.py: prose with sums in it, and a primer; lab/where.py: where a model thinks."""
+"""data/mixed/prepare.py: prose with sums in it, a primer; lab/where.py: where a model thinks."""
 
 import json
 import random
