@@ -150,6 +150,15 @@ def load_model(folder: str, device: str = "cpu") -> tuple[GPT, Vocabulary, dict]
         raise other_version(folder) from None
 
 
+def load_plain(folder: str, beside: Vocabulary, device: str) -> tuple[GPT, Vocabulary, dict]:
+    """As load_model, of a plain model to stand beside one of that vocabulary. Raises DataError."""
+    model, vocabulary, state = load_model(folder, device)
+    if vocabulary.tokens != beside.tokens:
+        trained = f"it was trained on {state['meta']['task']}"
+        raise DataError(f"the plain model in {folder} has another vocabulary: {trained}")
+    return model, vocabulary, state
+
+
 # ----------------------------------------------------------------------------------------------
 # first weights
 

@@ -115,7 +115,8 @@ SILENT = {
     "pause": "lab/variants/pause.py config/silent.toml",
     "plain": "train.py config/silent.toml --n_bits=0",
 }
-PRIMER, MIXED = "config/chain.toml --n_embd=128", "config/mixed.toml --init_from={primer}"
+PRIMER, MIXED = "config/chain.toml --n_embd=128", "config/mixed.toml --init_from="
+SUMS = f"{MIXED}{{primer}} && lab/where.py --plain={{plain}}"
 NOTES = "train.py config/shakespeare_notes.toml --init_from={plain} --plain={plain}"
 SETS = {
     "main": {("chains", model): words for model, words in MAIN.items()},
@@ -147,9 +148,9 @@ SETS = {
     "mixed": {
         ("primer", "thinking"): f"train.py {PRIMER}",
         ("primer", "pause"): f"lab/variants/pause.py {PRIMER}",
-        ("mixed", "plain"): f"train.py {MIXED.replace('{primer}', '')} --n_bits=0",
-        ("mixed", "thinking"): f"train.py {MIXED} && lab/where.py --plain={{plain}}",
-        ("mixed", "pause"): f"lab/variants/pause.py {MIXED} && lab/where.py --plain={{plain}}",
+        ("mixed", "plain"): f"train.py {MIXED} --n_bits=0",
+        ("mixed", "thinking"): f"train.py {SUMS}",
+        ("mixed", "pause"): f"lab/variants/pause.py {SUMS}",
     },
     "control": {
         ("recall", "recall"): "train.py config/recall.toml && lab/control.py",

@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.dataset import Batch, DataError, Rows, Text, Vocabulary, load_split
+from data.dataset import Batch, Rows, Text, Vocabulary, load_split
 from model import GPT, MODES, Thinking
 from options import load_config, option, run
-from runs import load_model, pick_device
+from runs import load_model, load_plain, pick_device
 from train import as_trained, evaluate, rollout, trained_config
 
 WINDOWS = (8, 16)  # positions in view, for accuracy in a window
@@ -171,10 +171,7 @@ def make_report(config: ReportConfig) -> dict:
     names = ["val", "test"] if (folder / "test.bin").exists() else ["val"]
     splits = [load_split(folder, name, vocabulary, trained.block) for name in names]
     if config.plain:
-        plain, words, plain_state = load_model(config.plain, config.device)
-        if words.tokens != vocabulary.tokens:
-            other = f"it was trained on {plain_state['meta']['task']}"
-            raise DataError(f"the plain model in {config.plain} has another vocabulary: {other}")
+        plain, words, plain_state = load_plain(config.plain, vocabulary, config.device)
     report = {
         "task": meta["task"],
         "level": meta["level"],

@@ -33,7 +33,7 @@ from data.dataset import DataError, Text, Vocabulary, load_split
 from lab.report import by_chance, joint_counts, mutual_information
 from model import GPT, Thinking
 from options import load_config, option, run
-from runs import load_model, pick_device
+from runs import load_model, load_plain, pick_device
 from train import UNFORCED, as_trained, rollout
 
 BEHIND = 16  # tokens behind the cut
@@ -238,9 +238,7 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(0)
     study = {"task": state["meta"]["task"], "run": config.run, "plain": config.plain}
     if config.plain:
-        other, its_vocabulary, its_state = load_model(config.plain, device)
-        if its_vocabulary.tokens != vocabulary.tokens:
-            raise DataError(f"the plain model in {config.plain} has another vocabulary")
+        other, its_vocabulary, its_state = load_plain(config.plain, vocabulary, device)
         train = load_split(folder, "train", vocabulary, block)
         frequency = torch.bincount(train.tokens, minlength=len(vocabulary.tokens)).float() + 1
         frequency = (frequency / frequency.sum()).to(device)

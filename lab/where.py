@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.dataset import DataError, Vocabulary, load_split
+from data.dataset import DataError, load_split
 from data.mixed.prepare import MODULUS, OPERATIONS
 from lab.report import PART, most_used_thought
 from model import GPT, MODES, Thinking
 from options import load_config, option, run
-from runs import load_model, pick_device
+from runs import load_model, load_plain, pick_device
 from train import as_trained, rollout
 
 PAGE = 16  # windows in the picture
@@ -108,21 +108,12 @@ def where(config: WhereConfig) -> tuple[dict, list[list[str]], Tensor]:
         raise DataError(f"the text of {config.run} has no sums: make it with data/mixed/prepare.py")
     thinking = as_trained(state, vocabulary)
     thinking.constant = most_used_thought(model, text, thinking, config.windows)
-    found, thinks = {}, None
-    for mode in MODES:
-        said = read(model, real, dataclasses.replace(thinking, mode=mode))
-        found[mode] = measure(texts, *said)
-        thinks = said[2] if mode == "policy" else thinks
+    said = {mode: read(model, real, dataclasses.replace(thinking, mode=mode)) for mode in MODES}
+    found = {mode: measure(texts, *what) for mode, what in said.items()}
     if config.plain:
-        other, its_vocabulary, its_state = load_model(config.plain, device)
-        check_alike(vocabulary, its_vocabulary, config.plain)
-        found["plain"] = measure(texts, *read(other, real, as_trained(its_state, vocabulary)))
-    return found, texts, thinks
-
-
-def check_alike(ours: Vocabulary, theirs: Vocabulary, folder: str) -> None:
-    if ours.tokens != theirs.tokens:
-        raise DataError(f"the plain model in {folder} has another vocabulary")
+        plain, words, plain_state = load_plain(config.plain, vocabulary, device)
+        found["plain"] = measure(texts, *read(plain, real, as_trained(plain_state, words)))
+    return found, texts, said["policy"][2]
 
 
 def draw(texts: list[list[str]], thinks: Tensor, path: Path) -> None:

@@ -54,6 +54,11 @@ LEAST = 20  # rows in a file of one's own
 # rows
 
 
+def operations(modulus: int) -> list[str]:
+    """What may follow a number in a chain."""
+    return [f"{sign}{x}" for sign in "+*" for x in range(1, modulus)]
+
+
 def chain(
     n: int, modulus: int, draw: random.Random, demonstrate: bool = False, width: int = 0
 ) -> str:
@@ -199,8 +204,8 @@ def of_chains(args, draw: random.Random):
 def tokens_of(args, rows: list[str]) -> list[str]:
     """The vocabulary of these rows, but the row end."""
     if args.task == "chain" and args.tokens == "operations" and not args.input:
-        operations = [f"{sign}{x}" for sign in "+*" for x in range(1, args.modulus)]
-        return [str(x) for x in range(args.modulus)] + ["=", *operations] + ["."] * bool(args.width)
+        numbers = [str(x) for x in range(args.modulus)]
+        return [*numbers, "=", *operations(args.modulus)] + ["."] * bool(args.width)
     text = "".join(THOUGHT.sub("", row).replace("<revise>", "") for row in rows)
     return sorted(set(text) | {"="})
 

@@ -26,12 +26,12 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data.arithmetic.prepare import N_VAL, chain, distinct, split
+from data.arithmetic.prepare import N_VAL, chain, distinct, operations, split
 from data.dataset import add_option, one_sentence, write_rows
 from data.shakespeare.prepare import find_text, write
 
 MODULUS = 5
-OPERATIONS = [f"{sign}{x}" for sign in "+*" for x in range(1, MODULUS)]
+OPERATIONS = operations(MODULUS)
 FEW = 2  # operations of a chain that is the same everywhere
 AROUND = 16  # characters of prose before a sum of the primer, at most
 
