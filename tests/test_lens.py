@@ -231,22 +231,24 @@ def test_an_edited_reader_reads_nothing_of_a_direction_and_kept_rows_as_before()
 
 @pytest.mark.parametrize("reader", ["0.0.v", "0.1.k", "1.0.q", "1.mlp", "logits"])
 @torch.no_grad()
-def test_weights_and_inputs_of_a_reader_are_those_of_the_model(tiny, reader):
-    """Zeroed weights, and what the masked run reads, change the model as they should."""
+def test_what_a_reader_reads_is_the_sum_of_what_is_put_out_before_it(tiny, reader):
+    """And weights at 0 read nothing: of its layer only the bias is left."""
     model, (row, _) = tiny(n_bits=0), two_runs(tiny(n_bits=0))
-    x, weight = mend.inputs_of(model, row, reader), mend.weights_of(model, reader)
-    caught = []
-    part = {"logits": model.head, "mlp": model.blocks[1].up}.get(reader.split(".")[-1])
-    part = part or model.blocks[int(reader[0])].attention.qkv
-    hook = part.register_forward_hook(lambda module, given, out: caught.append((given[0], out)))
-    model(row.ids, row.cells)
-    hook.remove()
-    assert (caught[0][0] - x).abs().max() < 1e-5
-    ours = x @ weight.T
-    rest = caught[0][1] - part.bias
-    columns = [i for i in range(rest.size(-1)) if torch.equal(part.weight[i], weight[0])]
-    begin = columns[0]
-    assert (rest[..., begin : begin + len(weight)] - ours).abs().max() < 1e-4
+    layers = 2 if reader == "logits" else int(reader[0])
+    mlp = reader.endswith("mlp")
+    put_out = masked_run(model, row)[1]  # the embedding; of each layer two heads, and the MLP
+    before = put_out[: 1 + 3 * layers + 2 * mlp].sum(dim=0)
+    before = before + sum(b.attention.proj.bias for b in model.blocks[: layers + mlp])
+    block = model.blocks[min(layers, 1)]
+    norm = model.norm if reader == "logits" else block.norm2 if mlp else block.norm1
+    assert (mend.inputs_of(model, row, reader) - norm(before)).abs().max() < 1e-5
+    layer = mend.layer_of(model, reader)
+    mend.weights_of(model, reader).zero_()
+    silent = (layer.weight == 0).all(dim=1)
+    assert silent.sum() == len(mend.weights_of(model, reader))
+    if reader[2:] in ("0.v", "1.k", "0.q"):  # rows of q, k, v in turn, of two heads of 8
+        first = {"0.v": 32, "1.k": 24, "0.q": 0}[reader[2:]]
+        assert silent[first : first + 8].all()
 
 
 def test_an_edit_changes_no_other_weights(tiny):
@@ -268,12 +270,24 @@ def test_tuning_leaves_everything_else_bit_for_bit(tiny, monkeypatch):
     model = tiny(n_bits=0)
     group = mend_group(model)
     masks = mend.parameters_of(model, "1.0")
-    new = dict(mend.tuned(model, group, group, [masks], 1e-2).named_parameters())
+    new = dict(mend.tuned(model, group, group, [masks], 1e-2)[0].named_parameters())
     for name, p in model.named_parameters():
         own = masks.get(name, torch.zeros_like(p, dtype=torch.bool))
         assert torch.equal(p[~own], new[name][~own]) and (
             not own.any() or (p != new[name])[own].any()
         )
+
+
+def test_the_rate_is_chosen_by_rows_that_are_not_tuned_on(tiny, monkeypatch):
+    monkeypatch.setattr(mend, "TUNE_STEPS", 3)
+    monkeypatch.setattr(mend, "RATES", (1e-2, 10.0, 0.0))
+    model = tiny(n_bits=0)
+    group = mend_group(model)
+    losses = [mend.tuned(model, group, group, None, rate)[1] for rate in mend.RATES]
+    best = mend.RATES[losses.index(min(losses))]
+    chosen = mend.best_tuned(model, group, group, None).state_dict()
+    alone = mend.tuned(model, group, group, None, best)[0].state_dict()
+    assert losses[1] > min(losses) and all(torch.equal(chosen[name], alone[name]) for name in alone)
 
 
 def test_mending_is_written_as_a_checkpoint_that_answers(runs, capsys):

@@ -11,6 +11,7 @@ from conftest import prepare
 import train
 from data.dataset import DataError, load_meta, load_split, load_vocabulary
 from lab import where
+from model import Thinking
 
 MIXED = "data/mixed/prepare.py"
 SUM = re.compile(r"(?<![\d+*])(\d(?:[+*]\d)+)=(\d)")
@@ -121,8 +122,30 @@ def test_a_model_of_rows_or_without_thoughts_is_refused(run):
             where.main([f"--run={run.parent}/{folder}"])
 
 
-def test_in_a_text_the_gate_decides_everywhere_once_thoughts_cost(run):
+def test_a_text_is_read_as_the_gate_likes_it_but_where_it_teaches(run):
+    """One group of four rollouts in sixteen teaches, where thoughts are drawn."""
     options = {"data": str(run.parent), "block": 32, "warm_up": 0.0, "n_embd": 16, "n_head": 2}
-    trainer = train.Trainer(train.Config(**options, rollouts=4, batch_tokens=512, seed=2))
+    trainer = train.Trainer(train.Config(**options, rollouts=4, batch_tokens=32 * 4 * 200, seed=2))
     trainer.paid = True
-    assert (trainer.draw()[1]["forced"] == train.UNFORCED).all()
+    batch, plan, teaches = trainer.draw()
+    assert (plan["forced"][teaches] == train.UNFORCED).all()
+    assert (plan["forced"][~teaches] == train.LIKELIER).all()
+    assert 2 <= teaches.view(-1, 4).all(dim=1).sum() <= 30 and teaches.view(-1, 4).any(dim=1).sum()
+    groups = batch.real.unflatten(0, (-1, 4))
+    same = (groups == groups[:, :1]).all(dim=2).all(dim=1)
+    assert torch.equal(same, teaches.view(-1, 4)[:, 0]), "only what teaches is read four times"
+
+
+def test_what_is_likelier_follows_the_gate_alone(tiny):
+    """Whatever is forced elsewhere, and however much is explored."""
+    model = tiny(n_bits=3)
+    real = torch.randint(model.config.vocab_size, (6, 9))
+    length, forced = torch.full((6,), 9), torch.full((6, 9, 1), train.LIKELIER)
+    forced[:2] = train.UNFORCED
+    for bias, share in ((-1.0, 0), (1.0, 1)):
+        with torch.no_grad():
+            model.gate.out.weight.zero_()
+            model.gate.out.bias.fill_(bias)
+        grid, _ = train.rollout(model, real, length, Thinking(explore=0.5), forced=forced)
+        thinks = grid.thinks[:, :-1, 0].float().mean(dim=1)
+        assert (thinks[2:] == share).all() and 0 < thinks[:2].mean() < 1
