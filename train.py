@@ -694,15 +694,17 @@ class Trainer:
         A batch of the levels in use -> batch; see draw_plan; (B,) bool: sequences that teach the
         gates and the observer: all in the warm-up. In the cost phase a batch is groups of
         `rollouts`. One group in `rollouts` teaches, and is one sequence so many times, planned
-        alike, in which the gate decides; the others are different sequences. Of a text, where
-        every token trains the network, so much is not read twice: one group in rollouts^2.
+        alike, in which the gate decides; the others are different sequences. Of a text, where what
+        is read so often is lost to the network, it is one group in `rollouts` at first, and falls
+        to one in rollouts^3.
         """
         c, levels, device = self.config, self.curriculum.levels, self.device
         rollouts = c.rollouts if self.paid else 1
         groups = max(1, c.batch_tokens // self.rows.longest(levels[-1]) // rollouts)
         batch = self.rows.draw(groups * rollouts, levels, None, len(self.curriculum.newest))
         batch = batch.to(device)
-        teaches = torch.rand(groups, device=device) * rollouts ** (1 + self.vocabulary.is_text) < 1
+        fewer = 2 * (1 - self.left / c.steps) * self.vocabulary.is_text
+        teaches = torch.rand(groups, device=device) * rollouts ** (1 + fewer) < 1
         teaches = teaches.repeat_interleave(rollouts)
         own = torch.arange(groups * rollouts, device=device)
         own = torch.where(teaches, own // rollouts * rollouts, own)

@@ -16,7 +16,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("loss", "grid", "model", "curriculum", "train", "where")  # those that look inside the two files
+TESTS = (
+    "loss",
+    "grid",
+    "model",
+    "curriculum",
+    "train",
+    "where",
+)  # those that look inside the two files
 
 # {what is broken: (file, a piece of it that is there once, what stands there instead)}
 MUTANTS = {
@@ -183,14 +190,10 @@ MUTANTS = {
     ),
     "all sequences have several rollouts": (
         "train.py",
-        "torch.rand(groups, device=device) * rollouts ** (1 + self.vocabulary.is_text) < 1",
+        "torch.rand(groups, device=device) * rollouts ** (1 + fewer) < 1",
         "torch.rand(groups, device=device) < 1",
     ),
-    "a text is read as often as rows are": (
-        "train.py",
-        "rollouts ** (1 + self.vocabulary.is_text)",
-        "rollouts",
-    ),
+    "a text is read as often as rows are": ("train.py", "** (1 + fewer)", ""),
     "a text is read with drawn thoughts": (
         "train.py",
         "forced.masked_fill(is_text & (thinking.force is None), LIKELIER)",
