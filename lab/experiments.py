@@ -78,7 +78,7 @@ DATA = AUTOMATA | {
 
 # ----------------------------------------------------------------------------------------------
 # sets: {(task, model): training && instruments}; {plain} is the plain run of the same task and
-# seed, {primer} the run of the same model and seed in the task primer
+# seed, and as deep, {primer} the run of the same model and seed in the task primer
 
 MAIN = {
     "thinking": "train.py config/chain.toml",
@@ -117,6 +117,13 @@ SILENT = {
 }
 PRIMER, MIXED = "config/chain.toml --n_embd=128", "config/mixed.toml --init_from="
 SUMS = f"{MIXED}{{primer}} && lab/where.py --plain={{plain}}"
+PROSE = {
+    ("primer", "thinking"): f"train.py {PRIMER}",
+    ("primer", "pause"): f"lab/variants/pause.py {PRIMER}",
+    ("mixed", "plain"): f"train.py {MIXED} --n_bits=0",
+    ("mixed", "thinking"): f"train.py {SUMS}",
+    ("mixed", "pause"): f"lab/variants/pause.py {SUMS}",
+}
 NOTES = "train.py config/shakespeare_notes.toml --init_from={plain} --plain={plain}"
 SETS = {
     "main": {("chains", model): words for model, words in MAIN.items()},
@@ -146,11 +153,9 @@ SETS = {
         for kind, words in SILENT.items()
     },
     "mixed": {
-        ("primer", "thinking"): f"train.py {PRIMER}",
-        ("primer", "pause"): f"lab/variants/pause.py {PRIMER}",
-        ("mixed", "plain"): f"train.py {MIXED} --n_bits=0",
-        ("mixed", "thinking"): f"train.py {SUMS}",
-        ("mixed", "pause"): f"lab/variants/pause.py {SUMS}",
+        (task, f"{kind}{depth}"): words.replace(".toml", f".toml{layers}")
+        for depth, layers in DEPTHS.items()
+        for (task, kind), words in PROSE.items()
     },
     "control": {
         ("recall", "recall"): "train.py config/recall.toml && lab/control.py",
@@ -330,7 +335,9 @@ def make(task: str) -> None:
 def commands(name: str, task: str, model: str, seed: str) -> list[list[str]]:
     """Training, then the instruments, of one run."""
     home = OUT / name / task
-    others = {"plain": home / f"plain_{seed}", "primer": OUT / name / "primer" / f"{model}_{seed}"}
+    plain = "plain_two_layers" if model.endswith("_two_layers") else "plain"
+    primer = OUT / name / "primer" / f"{model}_{seed}"
+    others = {"plain": home / f"{plain}_{seed}", "primer": primer}
     training, *after = SETS[name][task, model].format(**others).split(" && ")
     own = [f"--data={OUT / 'data' / task}", f"--out={home / f'{model}_{seed}'}", f"--seed={seed}"]
     instruments = [[*words.split(), f"--run={home / f'{model}_{seed}'}"] for words in after]
