@@ -453,7 +453,7 @@ class Thinking:
     force: float | None = None  # after a token, with this probability max_run thoughts, else none
     force_recall: float | None = None  # RECALL with this probability. None: the gate is asked
     price: float | None = None  # nats; if set, think where the observer's value_of_thinking is more
-    explore: float = 0.0  # least probability of yes, and of no, where a gate is asked
+    explore: float | Tensor = 0.0  # or (B,): least probability of a gate's yes, and of its no
     greedy: bool = False  # the likelier answer where a gate is asked, the likeliest thought
     after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None: all
     constant: int = 0  # the thought of mode `constant`
@@ -469,7 +469,8 @@ def decide(logit: Tensor, force: float | None, thinking: Thinking, generator=Non
     Yes or no with the probability `force` or, if None, as the logit says: the likelier if greedy,
     else each with at least the probability `explore` -> bool, the shape of the logit.
     """
-    p, least = logit.sigmoid(), thinking.explore
+    p = logit.sigmoid()
+    least = torch.as_tensor(thinking.explore, device=p.device).view(-1, *[1] * (p.ndim - 1))
     p = p.round() if thinking.greedy else least + (1 - 2 * least) * p
     p = p if force is None else torch.full_like(p, force)
     return torch.rand(p.shape, generator=generator, device=p.device) < p

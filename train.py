@@ -191,7 +191,7 @@ def empty_grid(model: GPT, real: Tensor, length: Tensor, R: int, wrong: Tensor |
     return Grid(token, present, torch.zeros_like(present))
 
 
-NO_THOUGHT, UNFORCED, THINK, LIKELIER = -1, -2, -3, -4  # in `forced`
+NO_THOUGHT, UNFORCED, THINK = -1, -2, -3  # in `forced`
 CHUNK = 512  # cells of a stream, about, that go through the network together if nothing is decided
 
 
@@ -212,8 +212,8 @@ def rollout(
     sequence thinks; the last thought waits, and goes through the network with token t + 1. Gradient
     flows through all of it: from a loss, through every thought that the model chose, to the cell
     that chose it.
-    forced: (B, T, R) thoughts to think there, or NO_THOUGHT, or THINK: one of its own, or LIKELIER:
-    one if the gate rather says yes, or UNFORCED: as `thinking` says; None: UNFORCED everywhere.
+    forced: (B, T, R) thoughts to think there, or NO_THOUGHT, or THINK: one of its own, or UNFORCED:
+    as `thinking` says; None: UNFORCED everywhere.
     cuts: (B, T) bool, what follows this token begins a new segment: a thought, if there is one.
     jumps: (B, T) positions by which all that follows this token is moved ahead. Both only at
     tokens that a thought may follow.
@@ -269,8 +269,7 @@ def rollout(
             thought, echo = choose_thought(model, h, thinking, generator), model.thoughts.echo(h)
             if forced is not None:
                 given = forced[:, t, r]
-                told = torch.where(given == LIKELIER, out.gate[:, -1] > 0, given != NO_THOUGHT)
-                wants = torch.where(given == UNFORCED, wants, told)
+                wants = torch.where(given == UNFORCED, wants, given != NO_THOUGHT)
                 thought = torch.where(given >= 0, given, thought)
                 echo = echo * (given < 0)[:, None]
             grid.asked[:, t, r] = asked
@@ -307,8 +306,7 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, decides: Tensor) -
     """
     Where to think, to forget and to jump -> {"forced", "cuts", "jumps"}, for `rollout`.
     Think: where a thought is demonstrated; else where the gate wants to, if it `decides` (B,); else
-    after a token with the probability thinking.force (None: 1; but in a text, where the gate rather
-    wants to, since what it reads in silence must be as good).
+    after a token with the probability thinking.force (None: 1).
     Forget: a sequence is cut with the probability `share`, at one of these tokens (of the prompt,
     but not its last). Nothing earlier is visible from there on, so the thought there must carry
     what is needed later; else the prompt could be read again, and it would learn nothing. If the
@@ -322,10 +320,7 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, decides: Tensor) -
     force = 1.0 if thinking.force is None else thinking.force
     thinks = may_follow(batch.real, thinking.after) & (chance >= 1 - force)
     thinks = torch.where(batch.shown[:, None], (batch.thoughts >= 0).any(dim=2), thinks)
-    is_text = batch.is_text[:, None]
-    forced = torch.where(thinks, THINK, NO_THOUGHT)
-    forced = forced.masked_fill(is_text & (thinking.force is None), LIKELIER)
-    forced = forced.masked_fill(decides[:, None], UNFORCED)
+    forced = torch.where(thinks, THINK, NO_THOUGHT).masked_fill(decides[:, None], UNFORCED)
     demonstrated = F.pad(batch.thoughts, (0, R - batch.thoughts.size(2)), value=NO_THOUGHT)
     forced = torch.where(batch.shown[:, None, None], demonstrated, forced[:, :, None])
 
@@ -334,6 +329,7 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, decides: Tensor) -
     one = F.one_hot(chance.argmax(dim=1), T).bool() & places
     cut = torch.rand(B, 1, device=device) < share
     far = torch.randint(JUMP + 1, (B, 1), device=device)
+    is_text = batch.is_text[:, None]
     cuts = torch.where(decides[:, None] | is_text, chance > torch.rand(B, 1, device=device), one)
     return {"forced": forced, "cuts": cuts & cut, "jumps": (one & ~cut & ~is_text) * far}
 
@@ -694,9 +690,10 @@ class Trainer:
         A batch of the levels in use -> batch; see draw_plan; (B,) bool: sequences that teach the
         gates and the observer: all in the warm-up. In the cost phase a batch is groups of
         `rollouts`. One group in `rollouts` teaches, and is one sequence so many times, planned
-        alike, in which the gate decides; the others are different sequences. Of a text, where what
-        is read so often is lost to the network, it is one group in `rollouts` at first, and falls
-        to one in rollouts^3.
+        alike, in which the gate decides; the others are different sequences, which think always.
+        In a text the gate decides there, too, and explores nothing: what it emits in silence must
+        be as good. And as what is read so often is lost to the network, of a text one group in
+        `rollouts` teaches at first, and one in rollouts^3 at last.
         """
         c, levels, device = self.config, self.curriculum.levels, self.device
         rollouts = c.rollouts if self.paid else 1
@@ -710,7 +707,7 @@ class Trainer:
         own = torch.where(teaches, own // rollouts * rollouts, own)
         gave_up = self.curriculum.gave_up
         share = c.forget * (not gave_up)
-        decides = teaches & (self.thinking.force is None)
+        decides = (teaches | batch.is_text) & (self.thinking.force is None)
         plan = draw_plan(batch, self.thinking, share, decides)
         # a window would hide what is before a jump, learned positions have no room for it
         plan["jumps"] *= not (c.window or gave_up) and self.model.position is None
@@ -721,7 +718,7 @@ class Trainer:
         # each step seeds its own random numbers: a resumed run draws what a whole one would
         torch.manual_seed(hash((c.seed, self.step, RANK)))
         batch, plan, teaches = self.draw()
-        thinking = dataclasses.replace(self.thinking, explore=c.explore)
+        thinking = dataclasses.replace(self.thinking, explore=c.explore * teaches)
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
         use_bf16 = self.device == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(self.device, torch.bfloat16, enabled=use_bf16):

@@ -11,7 +11,6 @@ from conftest import prepare
 import train
 from data.dataset import DataError, load_meta, load_split, load_vocabulary
 from lab import where
-from model import Thinking
 
 MIXED = "data/mixed/prepare.py"
 SUM = re.compile(r"(?<![\d+*])(\d(?:[+*]\d)+)=(\d)")
@@ -123,15 +122,14 @@ def test_a_model_of_rows_or_without_thoughts_is_refused(run):
 
 
 @pytest.mark.parametrize(("step", "least", "most"), [(0, 90, 160), (750, 15, 50), (1500, 0, 15)])
-def test_a_text_is_read_as_the_gate_likes_it_but_where_it_teaches(run, step, least, most):
-    """There thoughts are drawn. It is one of 500 groups in 4 at first, in 16, in 64 at last."""
+def test_of_a_text_ever_fewer_windows_are_read_several_times(run, step, least, most):
+    """It is one of 500 groups in 4 at first, in 16, in 64 at last; in all the gate decides."""
     options = {"data": str(run.parent), "block": 32, "warm_up": 0.0, "n_embd": 16, "n_head": 2}
     options |= {"rollouts": 4, "batch_tokens": 33 * 4 * 500, "steps": 1500, "seed": 2}
     trainer = train.Trainer(train.Config(**options))
     trainer.paid, trainer.step = True, step
     batch, plan, teaches = trainer.draw()
-    assert (plan["forced"][teaches] == train.UNFORCED).all()
-    assert (plan["forced"][~teaches] == train.LIKELIER).all()
+    assert (plan["forced"] == train.UNFORCED).all()
     taught = teaches.view(-1, 4)
     assert least <= taught.all(dim=1).sum() <= most and torch.equal(taught.any(1), taught.all(1))
     groups = batch.real.unflatten(0, (-1, 4))
@@ -139,16 +137,19 @@ def test_a_text_is_read_as_the_gate_likes_it_but_where_it_teaches(run, step, lea
     assert torch.equal(same, taught[:, 0]), "only what teaches is read four times"
 
 
-def test_what_is_likelier_follows_the_gate_alone(tiny):
-    """Whatever is forced elsewhere, and however much is explored."""
-    model = tiny(n_bits=3)
-    real = torch.randint(model.config.vocab_size, (6, 9))
-    length, forced = torch.full((6,), 9), torch.full((6, 9, 1), train.LIKELIER)
-    forced[:2] = train.UNFORCED
-    for bias, share in ((-1.0, 0), (1.0, 1)):
-        with torch.no_grad():
-            model.gate.out.weight.zero_()
-            model.gate.out.bias.fill_(bias)
-        grid, _ = train.rollout(model, real, length, Thinking(explore=0.5), forced=forced)
-        thinks = grid.thinks[:, :-1, 0].float().mean(dim=1)
-        assert (thinks[2:] == share).all() and 0 < thinks[:2].mean() < 1
+def test_only_what_teaches_is_explored(run, monkeypatch):
+    """A gate that says no is heard in the other windows."""
+    options = {"data": str(run.parent), "block": 32, "warm_up": 0.0, "n_embd": 16, "n_head": 2}
+    options |= {"rollouts": 2, "batch_tokens": 33 * 80, "explore": 0.4, "out": str(run)}
+    trainer = train.Trainer(train.Config(**options))
+    trainer.paid, seen = True, []
+    usual, rollout = trainer.draw, train.rollout
+    monkeypatch.setattr(trainer, "draw", lambda: seen.append(usual()) or seen[-1])
+    monkeypatch.setattr(train, "rollout", lambda *a, **k: seen.append(rollout(*a, **k)) or seen[-1])
+    with torch.no_grad():
+        trainer.model.gate.out.bias.fill_(-30.0)
+    trainer.train_step()
+    (_, _, teaches), (grid, _) = seen
+    assert (
+        not grid.thinks[~teaches].any() and 0.3 < grid.thinks[teaches, :-1, 0].float().mean() < 0.5
+    )
