@@ -7,9 +7,9 @@ most sequences are read with a finger, which moves on by a token with every thou
 
 Behind a question all of it is in view at once. A model of one layer then learns short questions by
 heart, in one look; its thoughts carry the answer, not the work, and longer questions are out of
-reach. Where the finger is used, of the question's tokens thought number r sees r and r + 1 only, and
-the question's last token, behind which it begins (r = 0), sees 0 and 1: whoever wants to know what
-was read before must think it. Where the gate decides, and after training, there is no finger.
+reach. Where the finger is used, thought number r sees of the question the tokens r and r + 1 only,
+and the question's last token, behind which it begins (r = 0), sees 0 and 1: whoever wants to know
+what was read before must think it. Where the gate decides, and after training, there is no finger.
 
 It adds to model.visible. Questions must have one length (prepare.py's --width), so that token r is
 always equally far from thought r. What it shows is in docs/where.md. Arguments are train.py's.
