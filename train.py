@@ -302,11 +302,12 @@ def rollout(
 JUMP = 64  # positions, at most
 
 
-def draw_plan(batch: Batch, thinking: Thinking, share: float, decides: Tensor) -> dict:
+def draw_plan(batch: Batch, thinking: Thinking, share: float, teaches: Tensor) -> dict:
     """
     Where to think, to forget and to jump -> {"forced", "cuts", "jumps"}, for `rollout`.
-    Think: where a thought is demonstrated; else where the gate wants to, if it `decides` (B,); else
-    after a token with the probability thinking.force (None: 1).
+    Think: where a thought is demonstrated; else after a token with the probability thinking.force;
+    if that is None, where the gate wants to in a sequence that `teaches` (B,) and in a text, and
+    else after every token.
     Forget: a sequence is cut with the probability `share`, at one of these tokens (of the prompt,
     but not its last). Nothing earlier is visible from there on, so the thought there must carry
     what is needed later; else the prompt could be read again, and it would learn nothing. If the
@@ -320,7 +321,9 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, decides: Tensor) -
     force = 1.0 if thinking.force is None else thinking.force
     thinks = may_follow(batch.real, thinking.after) & (chance >= 1 - force)
     thinks = torch.where(batch.shown[:, None], (batch.thoughts >= 0).any(dim=2), thinks)
-    forced = torch.where(thinks, THINK, NO_THOUGHT).masked_fill(decides[:, None], UNFORCED)
+    is_text = batch.is_text[:, None]
+    decides = (teaches[:, None] | is_text) & (thinking.force is None)
+    forced = torch.where(thinks, THINK, NO_THOUGHT).masked_fill(decides, UNFORCED)
     demonstrated = F.pad(batch.thoughts, (0, R - batch.thoughts.size(2)), value=NO_THOUGHT)
     forced = torch.where(batch.shown[:, None, None], demonstrated, forced[:, :, None])
 
@@ -329,8 +332,7 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, decides: Tensor) -
     one = F.one_hot(chance.argmax(dim=1), T).bool() & places
     cut = torch.rand(B, 1, device=device) < share
     far = torch.randint(JUMP + 1, (B, 1), device=device)
-    is_text = batch.is_text[:, None]
-    cuts = torch.where(decides[:, None] | is_text, chance > torch.rand(B, 1, device=device), one)
+    cuts = torch.where(decides | is_text, chance > torch.rand(B, 1, device=device), one)
     return {"forced": forced, "cuts": cuts & cut, "jumps": (one & ~cut & ~is_text) * far}
 
 
@@ -707,8 +709,7 @@ class Trainer:
         own = torch.where(teaches, own // rollouts * rollouts, own)
         gave_up = self.curriculum.gave_up
         share = c.forget * (not gave_up)
-        decides = (teaches | batch.is_text) & (self.thinking.force is None)
-        plan = draw_plan(batch, self.thinking, share, decides)
+        plan = draw_plan(batch, self.thinking, share, teaches)
         # a window would hide what is before a jump, learned positions have no room for it
         plan["jumps"] *= not (c.window or gave_up) and self.model.position is None
         return batch.rows(own), {name: x[own] for name, x in plan.items()}, teaches

@@ -87,10 +87,10 @@ MUTANTS = {
         "torch.where(thinks, THINK, NO_THOUGHT)",
         "torch.where(thinks, UNFORCED, NO_THOUGHT)",
     ),
-    "the gate decides nowhere": ("train.py", ".masked_fill(decides[:, None], UNFORCED)", ""),
+    "the gate decides nowhere": ("train.py", ".masked_fill(decides, UNFORCED)", ""),
     "where the gate decides there is one cut": (
         "train.py",
-        "torch.where(decides[:, None] | is_text,",
+        "torch.where(decides | is_text,",
         "torch.where(is_text,",
     ),
     "a cut needs a thought": (

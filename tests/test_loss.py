@@ -54,7 +54,7 @@ ALL = torch.ones(1, 1, 1, dtype=torch.bool)
 # forgetting
 
 
-NONE = torch.zeros(4000, dtype=torch.bool)  # the gate decides nowhere
+NONE = torch.zeros(4000, dtype=torch.bool)  # no sequence teaches the gate
 FORCED = Thinking(force=1.0)
 
 
@@ -82,8 +82,8 @@ def test_a_share_is_cut_at_one_token_of_the_prompt_but_its_last_and_the_others_j
     assert jumps.max() == JUMP and 25 < jumps[jumps > 0].float().mean() < 40
     assert not planned(many(6), FORCED, 0.0, NONE)[1].any()
     assert not planned(many(6), FORCED, 1.0, NONE)[2].any()
-    for decides in (NONE, ~NONE):
-        _, *nowhere = planned(many(1), FORCED, 0.5, decides)
+    for thinking in (FORCED, Thinking()):
+        _, *nowhere = planned(many(1), thinking, 0.5, ~NONE)
         assert not nowhere[0].any() and not nowhere[1].any(), "there is no place"
 
 
