@@ -453,7 +453,7 @@ class Thinking:
     force: float | None = None  # after a token, with this probability max_run thoughts, else none
     force_recall: float | None = None  # RECALL with this probability. None: the gate is asked
     price: float | None = None  # nats; if set, think where the observer's value_of_thinking is more
-    explore: float | Tensor = 0.0  # or (B,): least probability of a gate's yes, and of its no
+    explore: float | Tensor = 0.0  # or (B, 1): least probability of a gate's yes, and of its no
     greedy: bool = False  # the likelier answer where a gate is asked, the likeliest thought
     after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None: all
     constant: int = 0  # the thought of mode `constant`
@@ -469,8 +469,7 @@ def decide(logit: Tensor, force: float | None, thinking: Thinking, generator=Non
     Yes or no with the probability `force` or, if None, as the logit says: the likelier if greedy,
     else each with at least the probability `explore` -> bool, the shape of the logit.
     """
-    p = logit.sigmoid()
-    least = torch.as_tensor(thinking.explore, device=p.device).view(-1, *[1] * (p.ndim - 1))
+    p, least = logit.sigmoid(), thinking.explore
     p = p.round() if thinking.greedy else least + (1 - 2 * least) * p
     p = p if force is None else torch.full_like(p, force)
     return torch.rand(p.shape, generator=generator, device=p.device) < p
@@ -481,7 +480,7 @@ def wants_to_think(out: Output, run: int, thinking: Thinking, generator=None) ->
     if thinking.price is not None:
         return out.readings[:, -1, READINGS.index("value_of_thinking")] > thinking.price
     force = 1.0 if thinking.force is not None and run else thinking.force  # a run, once begun
-    return decide(out.gate[:, -1], force, thinking, generator)
+    return decide(out.gate[:, -1:], force, thinking, generator)[:, 0]
 
 
 def choose_thought(model: GPT, h: Tensor, thinking: Thinking, generator=None) -> Tensor:

@@ -290,7 +290,8 @@ def rollout(
 
     out = GridOutput(*(put(torch.cat(part, dim=1)) for part in zip(*parts)))
     if config.recall:
-        looks = decide(out.recall, thinking.force_recall, thinking, generator)
+        logits = out.recall.flatten(1)
+        looks = decide(logits, thinking.force_recall, thinking, generator).view_as(out.recall)
         grid.present[:, :, RECALL_SLOT] = (looks & grid.ends).any(dim=2)
     return grid, out
 
@@ -719,7 +720,7 @@ class Trainer:
         # each step seeds its own random numbers: a resumed run draws what a whole one would
         torch.manual_seed(hash((c.seed, self.step, RANK)))
         batch, plan, teaches = self.draw()
-        thinking = dataclasses.replace(self.thinking, explore=c.explore * teaches)
+        thinking = dataclasses.replace(self.thinking, explore=c.explore * teaches[:, None])
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
         use_bf16 = self.device == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(self.device, torch.bfloat16, enabled=use_bf16):
