@@ -79,7 +79,7 @@ class Config:  # option(default, help, least, most)
     compile: bool = option(False, "torch.compile the network")
     block: int = option(64, "tokens of a piece of text; sequences have their own lengths", 1)
     # the network
-    n_bits: int = option(8, "bits of a thought; 0 trains a plain GPT", 0, 24)
+    n_bits: int = option(8, "bits of a thought; 0 trains a plain GPT", 0, 48)
     n_layer: int = option(1, "layers", 1, 256)
     n_head: int = option(4, "attention heads", 1)
     n_embd: int = option(64, "width", 1, 4096)

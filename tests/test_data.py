@@ -200,7 +200,7 @@ def test_options_and_files_that_do_not_fit_get_one_sentence(
         ("--steps=0", "at least 1"),
         ("--lr=nan", "not a float"),
         ("--resume=perhaps", "not a bool"),
-        ("--n_bits=25", "0 to 24"),
+        ("--n_bits=49", "0 to 48"),
         ("missing.toml", "cannot read config"),
         ("bad.toml", "not TOML"),
     ],

@@ -90,7 +90,7 @@ function embed(net, id) {
   const { V, D, d } = net
   const table = net.weights["embedding.weight"]
   if (id < V) return Float64Array.from(table.subarray(id * D, id * D + D))
-  const bits = Array.from({ length: d }, (_, i) => ((id - V) >> i) & 1 ? 1 : -1)
+  const bits = Array.from({ length: d }, (_, i) => Math.floor((id - V) / 2 ** i) % 2 ? 1 : -1)
   return linear(net, "thoughts.embedding", bits)
 }
 
