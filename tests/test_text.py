@@ -2,6 +2,7 @@
 and what is left after forgetting."""
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -185,7 +186,7 @@ def test_train_add_thoughts_study_and_sample_as_a_person_does(verses, tmp_path, 
     assert found["bits_a_note_can_carry"] == 4 and (out / "study.png").exists()
     study.main([f"--run={out}", "--windows=20", "--device=cpu"])
     found = json.loads((out / "study.json").read_text())
-    assert {len(bits) for bits in found["information_of_each_bit"].values()} == {2}
+    assert {len(bits) for bits in found["told_by_each_bit"].values()} == {2}
     assert "after_forgetting" not in found
     capsys.readouterr()
     sampled = [f"--run={out}", "--temperature=1", "--max_new_tokens=100", "--device=cpu", "GHOST:"]
@@ -255,11 +256,10 @@ def test_places_by_hand():
     assert study.describe("x" * 10 + "\ny")["characters of the line"] == [0] * 7 + [1] * 3 + [0, 0]
 
 
-def test_information_of_a_chance_pairing_is_about_nothing():
+def test_bits_tell_what_they_spell_and_nothing_of_chance():
     draw = seeded(0)
-    thoughts = torch.randint(8, (500,), generator=draw)
-    labels = torch.randint(40, (500,), generator=draw)
-    assert abs(study.information(thoughts, labels)) < 0.1
-    assert study.information(thoughts, thoughts) > 1.5
-    alone = torch.arange(500)  # a thought for each place: shuffled labels tell as much
-    assert study.information(alone, labels) == pytest.approx(0)
+    bits = torch.randint(2, (2000, 3), generator=draw)
+    number = (bits * torch.tensor([4, 2, 1])).sum(dim=1)
+    assert study.told(bits, number) == pytest.approx(3 * math.log(2), abs=0.02)
+    assert study.told(bits[:, :1], number) == pytest.approx(math.log(2), abs=0.02)
+    assert abs(study.told(bits, torch.randint(5, (2000,), generator=draw))) < 0.05
