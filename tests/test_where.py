@@ -67,10 +67,11 @@ def test_long_sums_of_the_validation_text_are_nowhere_else(mixed):
 
 def test_a_row_of_the_primer_is_a_sum_behind_some_prose(mixed):
     assert load_meta(mixed / "primer")["vocab"] == load_meta(mixed)["vocab"]
-    rows = [row.partition("\n")[0] for row in rows_of(mixed / "primer", "train")]
+    rows = [row.partition("|")[0] for row in rows_of(mixed / "primer", "train")]
     around = [SUM.split(row)[0] for row in rows]
     assert all(SUM.search(row).end() == len(row) for row in rows)
     assert 0 <= min(map(len, around)) and 10 < max(map(len, around)) <= 16
+    assert any("\n" in prose for prose in around), "as in the text"
 
 
 def test_sums_are_found_where_all_of_them_is_in_the_window():

@@ -33,6 +33,7 @@ from data.shakespeare.prepare import find_text, write
 MODULUS = 5
 OPERATIONS = operations(MODULUS)
 FEW = 2  # operations of a chain that is the same everywhere
+END = "|"  # of a row of the primer, in which lines may break
 AROUND = 16  # characters of prose before a sum of the primer, at most
 
 
@@ -58,10 +59,10 @@ def mix(prose: str, share: float, levels: int, held_out: bool, draw: random.Rand
 
 
 def primer(prose: str, n: int, draw: random.Random) -> str:
-    """A chain of n operations behind some prose of one line."""
+    """A chain of n operations behind some prose."""
     some = draw.randrange(AROUND + 1)
     start = draw.randrange(len(prose) - some)
-    return prose[start : start + some].replace("\n", " ") + item(n, False, draw)
+    return prose[start : start + some] + item(n, False, draw)
 
 
 def main(argv=None) -> None:
@@ -79,14 +80,14 @@ def main(argv=None) -> None:
     with one_sentence(args.out):
         kept = Path(__file__).resolve().parents[1] / "shakespeare" / "input.txt"
         prose, name = find_text(args.input, kept)
-        prose = re.sub(r"[=+*\d]", "", prose)  # these belong to sums
+        prose = re.sub(r"[=+*|\d]", "", prose)  # these belong to sums
         draw, cut = random.Random(args.seed), int(0.9 * len(prose))
-        letters = {*prose, *map(str, range(MODULUS)), *"= \n"}
+        letters = {*prose, *map(str, range(MODULUS)), *"= ", END}
         meta = {"source": name, "vocab": sorted(letters) + OPERATIONS}
         sums = f"chains modulo {MODULUS} of up to {args.levels} operations"
         if args.primer:
             meta |= {"task": f"{sums}, behind a piece of {name}", "level": "operations"}
-            meta |= {"row_end": "\n", "answer_after": "="}
+            meta |= {"row_end": END, "answer_after": "="}
             levels = range(1, args.levels + 1)
             make = {n: partial(primer, prose[:cut], n, draw) for n in levels}
             rows, held = split({n: distinct(make[n], args.rows + N_VAL) for n in levels}, N_VAL)
