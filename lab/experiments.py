@@ -4,8 +4,8 @@ The runs behind the tables: data, training, instruments, and one table a set.
   python lab/experiments.py main --seeds=1,2,3 --jobs=2
   python lab/experiments.py automata --tasks=parity,a5 --models=thinking,gru
 
-Sets: main, chains, automata, text, keyhole, silent, mixed, control, demonstrations, observer,
-addition. A run lives in out/SET/TASK/MODEL_SEED and is skipped where its report.json is there; with
+Sets: main, chains, automata, text, keyhole, silent, parts, mixed, control, demonstrations,
+observer, addition. A run lives in out/SET/TASK/MODEL_SEED and is skipped where its report.json is there; with
 --jobs=0 nothing runs, and the table is of what there is. A run takes one thread: a minute in main
 and chains, two to three a thinking one of automata (others less), ten or more in text and mixed.
 
@@ -70,6 +70,7 @@ DATA = AUTOMATA | {
     "addition_padded": f"{CHAINS} --task=addition --pad",
     "addition_reversed": f"{CHAINS} --task=addition --reversed --digits=3",
     "silent": f"{CHAINS} --width=16 --think_after==",
+    "parts": f"{CHAINS} --width=6 --parts=3 --levels=12 --think_after=;=",
     "primer": "data/mixed/prepare.py --primer",
     "mixed": "data/mixed/prepare.py",
     "recall": "data/recall/prepare.py",
@@ -115,6 +116,7 @@ SILENT = {
     "pause": "lab/variants/pause.py config/silent.toml",
     "plain": "train.py config/silent.toml --n_bits=0",
 }
+PARTS = {kind: words.replace("silent", "parts") for kind, words in SILENT.items()}
 PRIMER, MIXED = "config/chain.toml --n_embd=128", "config/mixed.toml --init_from="
 SUMS = f"{MIXED}{{primer}} && lab/where.py --plain={{plain}}"
 PROSE = {
@@ -151,6 +153,10 @@ SETS = {
         ("silent", f"{kind}{depth}"): f"{words}{layers}"
         for depth, layers in DEPTHS.items()
         for kind, words in SILENT.items()
+    },
+    "parts": {
+        ("parts", kind): words + " && lab/parts.py" * (kind != "plain")
+        for kind, words in PARTS.items()
     },
     "mixed": {
         (task, f"{kind}{depth}"): words.replace(".toml", f".toml{layers}")
@@ -227,6 +233,13 @@ TABLES = {
         **{"worst trained length": "worst", "12": "own/accuracy/12", "16": "own/accuracy/16"},
         **ABLATIONS,
         **{f"thoughts at {n}": f"own/thoughts_per_row/{n}" for n in (1, 2, 4, 6, 8, 12)},
+    },
+    "parts": {
+        **ROWS,
+        **ABLATIONS,
+        **{f"thoughts at {n};": f"parts/thoughts/;/{n}" for n in range(1, 7)},
+        "correlation": "parts/correlation/all",
+        "in one row": "parts/correlation/one_row",
     },
     "control": {
         **{f"{how}, right": f"control/recall/{how}/right" for how in ("gate", "never", "always")},

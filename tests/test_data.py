@@ -1,6 +1,7 @@
 """Rows from text to tensors and back; and one clear sentence for everything that can be wrong."""
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -137,6 +138,21 @@ def test_chains_of_one_width_have_dots_behind_them(tmp_path):
     assert short.index("=") == 1 + 2 * 2 + 10 and short.count(".") == 10
 
 
+def test_parts_of_a_question_have_one_width_and_one_value_runs_through_them():
+    draw, seen = random.Random(1), set()
+    for n in [1, 4, 9] * 50:
+        question, answer = chain(n, 5, draw, width=4, parts=3).split("=")
+        parts = question[1:].split(";")
+        assert {len(part.replace("+", "").replace("*", "")) for part in parts} == {4}
+        operations = re.findall(r"[+*]\d", question)
+        value = int(question[0])
+        for sign, x in operations:
+            value = (value + int(x) if sign == "+" else value * int(x)) % 5
+        assert len(operations) == n and value == int(answer)
+        seen.add((n, len(parts)))
+    assert seen == {(1, 1), (4, 1), (4, 2), (4, 3), (9, 3)}
+
+
 # ----------------------------------------------------------------------------------------------
 # what can be wrong
 
@@ -172,6 +188,8 @@ def test_a_bin_file_reads_as_written_and_any_damage_is_noticed(tmp_path):
         (["--levels=0"], "--levels=0 is not allowed: 1 to 1000"),
         (["--rows=0"], "--rows=0 is not allowed: at least 1"),
         (["--width=4"], "no room for --levels=8"),
+        (["--width=2", "--parts=3"], "no room for --levels=8"),
+        (["--parts=2"], "--parts needs a --width"),
         (["--width=16", "--demonstrate"], "--width is for chains without"),
         (["--think_after=Q", "--levels=1"], "no token ends in one of"),
         (["--input=nowhere.txt"], "cannot read"),

@@ -88,21 +88,32 @@ def test_reinforce_has_rollouts_to_compare_in_the_warm_up_too(chains, tmp_path):
     assert not trainer.paid and (real.view(-1, 4, real.size(1)) == real[::4, None]).all()
 
 
-def test_a_finger_shows_two_tokens_of_the_question_to_each_thought(monkeypatch):
-    """Tokens 0, 1, 2, then = at 3, and thoughts at 4 and 5; the second sequence has no finger."""
-    monkeypatch.setattr(finger, "finger", torch.tensor([3, 0]))
-    cells = Cells(torch.arange(6).expand(2, 6), seen=torch.ones(2, 6, dtype=torch.bool))
+def test_a_finger_shows_two_tokens_of_its_part_to_each_thought(monkeypatch):
+    """
+    Tokens 0, 1, 2, then ; at 3, thoughts at 4 and 5, tokens 6 and 7, then = at 8, and thoughts at 9
+    and 10. The second sequence has no finger.
+    """
+    monkeypatch.setattr(finger, "finger", (torch.tensor([3, 0]), 2))
+    cells = Cells(torch.arange(11).expand(2, 11), seen=torch.ones(2, 11, dtype=torch.bool))
     seen = finger.visible(cells, cells)
-    expected = [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],  # the question sees all that came before
-        [1, 1, 0, 1, 0, 0],
-        [0, 1, 1, 1, 1, 0],
-        [0, 0, 1, 1, 1, 1],
-    ]
-    assert seen[0].int().tolist() == expected
-    assert seen[1].tolist() == torch.ones(6, 6).tril().bool().tolist()
+    expected = {2: [0, 1, 2], 3: [0, 1, 3], 4: [1, 2, 3, 4], 5: [2, 3, 4, 5]}
+    expected |= {8: [5, 6, 8], 9: [6, 7, 8, 9], 10: [7, 8, 9, 10]}
+    assert {cell: seen[0, cell].nonzero()[:, 0].tolist() for cell in expected} == expected
+    assert seen[1].tolist() == torch.ones(11, 11).tril().bool().tolist()
+
+
+def test_what_is_learned_is_right_without_a_finger(monkeypatch):
+    curriculum = finger.Curriculum({1: 100})
+    level, right = torch.ones(4, dtype=torch.long), torch.tensor([True, True, False, False])
+    monkeypatch.setattr(finger, "read", right)
+    curriculum.grow(level, right)
+    assert 0 < curriculum.right < 0.5
+    curriculum.stage = 1  # all levels are mastered
+    curriculum.right = 0.0
+    curriculum.grow(level, right)
+    assert curriculum.right == 0
+    curriculum.grow(level, ~right)
+    assert curriculum.right > 0
 
 
 @pytest.mark.parametrize("paid", [False, True])

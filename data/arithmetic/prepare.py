@@ -8,9 +8,11 @@ beside this file (or in --out).
   python data/arithmetic/prepare.py --input=my_rows.txt --out=out/data/mine
   python data/arithmetic/prepare.py --demonstrate --guesses=0.2
   python data/arithmetic/prepare.py --width=16 --think_after==      3+4*2..............=4
+  python data/arithmetic/prepare.py --width=4 --parts=3 --think_after=";="      3+4*2..;+3...=2
 
 chain     3+4*2=4: left to right, no precedence, modulo a small number; + and * by 1 .. modulus - 1.
-          Level: operations. With --width a question has room for so many, and dots fill it.
+          Level: operations. With --width a question has room for so many, and dots fill it; with
+          --parts it has up to so many parts, each with this room, and `;` between them.
 addition  57+968=1025: plain, most significant digit first. --reversed writes all three numbers
           backwards. Level: digits of the longer operand. --pad writes zeros in front: each operand
           has --digits digits, the sum one more, and there is that one level.
@@ -27,6 +29,7 @@ fewer than 100 different rows (there are only 40 chains of one operation), they 
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -59,17 +62,39 @@ def operations(modulus: int) -> list[str]:
     return [f"{sign}{x}" for sign in "+*" for x in range(1, modulus)]
 
 
+def in_parts(n: int, parts: int, width: int, draw: random.Random) -> list[int]:
+    """n operations in up to so many parts -> operations of each, 1 to width."""
+    count = draw.choice([k for k in range(1, parts + 1) if k <= n <= k * width])
+    while True:
+        ends = [0, *sorted(draw.sample(range(1, n), count - 1)), n]
+        sizes = [end - start for start, end in itertools.pairwise(ends)]
+        if max(sizes) <= width:
+            return sizes
+
+
 def chain(
-    n: int, modulus: int, draw: random.Random, demonstrate: bool = False, width: int = 0
+    n: int,
+    modulus: int,
+    draw: random.Random,
+    demonstrate: bool = False,
+    width: int = 0,
+    parts: int = 1,
 ) -> str:
-    """One row of n operations, without its row end, and dots up to `width` operations."""
+    """
+    One row of n operations, without its row end. With a width in up to so many parts, each with
+    dots up to `width` operations.
+    """
     value = draw.randrange(modulus)
     row = f"{value}<think>{value}</think>" if demonstrate else str(value)
-    for _ in range(n):
-        sign, x = draw.choice("+*"), draw.randrange(1, modulus)
-        value = (value + x if sign == "+" else value * x) % modulus
-        row += f"{sign}{x}<think>{value}</think>" if demonstrate else f"{sign}{x}"
-    return f"{row}{'.' * (width - n)}={value}"
+    sizes = in_parts(n, parts, width, draw) if parts > 1 else [n]
+    for i, size in enumerate(sizes):
+        row += ";" * (i > 0)
+        for _ in range(size):
+            sign, x = draw.choice("+*"), draw.randrange(1, modulus)
+            value = (value + x if sign == "+" else value * x) % modulus
+            row += f"{sign}{x}<think>{value}</think>" if demonstrate else f"{sign}{x}"
+        row += "." * (width - size)
+    return f"{row}={value}"
 
 
 def probe(vocabulary: Vocabulary, rows: list[str], modulus: int) -> dict:
@@ -190,11 +215,11 @@ def of_additions(args, draw: random.Random):
 
 def of_chains(args, draw: random.Random):
     def make(n: int) -> str:
-        return chain(n, args.modulus, draw, args.demonstrate, args.width)
+        return chain(n, args.modulus, draw, args.demonstrate, args.width, args.parts)
 
     sizes = range(1, args.levels + 1)
     levels = {n: distinct(partial(make, n), args.rows + N_VAL) for n in sizes}
-    longer = [n for n in TEST_LEVELS if args.levels < n <= (args.width or n)]
+    longer = [n for n in TEST_LEVELS if args.levels < n <= (args.width * args.parts or n)]
     test = [(make(n), n) for n in longer for _ in range(N_TEST)]
     token = "an operation" if args.tokens == "operations" else "a character"
     shown = ", running values demonstrated" * args.demonstrate
@@ -205,7 +230,8 @@ def tokens_of(args, rows: list[str]) -> list[str]:
     """The vocabulary of these rows, but the row end."""
     if args.task == "chain" and args.tokens == "operations" and not args.input:
         numbers = [str(x) for x in range(args.modulus)]
-        return [*numbers, "=", *operations(args.modulus)] + ["."] * bool(args.width)
+        marks = ["."] * bool(args.width) + [";"] * (args.parts > 1)
+        return [*numbers, "=", *operations(args.modulus), *marks]
     text = "".join(THOUGHT.sub("", row).replace("<revise>", "") for row in rows)
     return sorted(set(text) | {"="})
 
@@ -221,8 +247,11 @@ def check(args) -> None:
         raise DataError("--pad is for --task=addition")
     if args.width and (args.input or args.task != "chain" or args.demonstrate):
         raise DataError("--width is for chains without --demonstrate")
-    if args.width and args.width < args.levels:
-        raise DataError(f"--width={args.width} has no room for --levels={args.levels}")
+    if args.parts > 1 and not args.width:
+        raise DataError("--parts needs a --width, the operations that a part has room for")
+    if 0 < args.width * args.parts < args.levels:
+        room = f"--width={args.width}, --parts={args.parts}"
+        raise DataError(f"a question of {room} has no room for --levels={args.levels}")
     if args.guesses and args.input:
         raise DataError("--guesses is not for --input: your rows bring their own <revise>")
 
@@ -239,6 +268,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--tokens", "operations", "chain: is `+3` one token or two", choices=tokens)
     add("--levels", 8, "chain: operations in the longest training row", 1, 1000)
     add("--width", 0, "chain: operations that a question has room for; 0: as many as it has", 0)
+    add("--parts", 1, "chain: parts of a question, at most, each of that width", 1)
     add("--demonstrate", False, "chain: the running value as a thought")
     add("--digits", 5, "addition: digits of the longer operand", 1, 8)
     add("--reversed", False, "addition: least significant digit first")

@@ -1,17 +1,23 @@
 """
-Variant: how to think in a row is learned. All thoughts come behind the question, and in training
-most sequences are read with a finger, which moves on by a token with every thought.
+Variant: how to think in a row is learned. All thoughts come behind the question, or behind each of
+its parts, and in training most sequences are read with a finger, which moves on by a token with
+every thought.
 
   python data/arithmetic/prepare.py --width=16 --think_after== --out=out/data/silent
   python lab/variants/finger.py config/silent.toml --data=out/data/silent
+  python data/arithmetic/prepare.py --width=6 --parts=3 --levels=12 --think_after=";=" \
+    --out=out/data/parts
+  python lab/variants/finger.py config/parts.toml --data=out/data/parts
 
 Behind a question all of it is in view at once. A model of one layer then learns short questions by
 heart, in one look; its thoughts carry the answer, not the work, and longer questions are out of
-reach. Where the finger is used, thought number r sees of the question the tokens r and r + 1 only,
-and the question's last token, behind which it begins (r = 0), sees 0 and 1: whoever wants to know
-what was read before must think it. Where the gate decides, and after training, there is no finger.
+reach. Where the finger is used, thought number r sees of its part the tokens r and r + 1 only, and
+the part's last token, behind which it begins (r = 0), sees 0 and 1: whoever wants to know what was
+read before must think it. Token 0 of a later part is the last thought of the part before. Where the
+gate decides, and after training, there is no finger; and once all levels are in use and mastered,
+only what is right without it counts as learned.
 
-It adds to model.visible. Questions must have one length (prepare.py's --width), so that token r is
+It adds to model.visible. Parts must have one length (prepare.py's --width), so that token r is
 always equally far from thought r. What it shows is in docs/where.md. Arguments are train.py's.
 """
 
@@ -27,32 +33,42 @@ import model
 import train
 from model import Cells, Thinking
 from options import run
+from train import may_follow
 
 SHARE = 0.7  # of the sequences in which nothing is decided by the gate
 
 usual_visible, usual_rollout = model.visible, train.rollout
-finger = None  # (B,) position of the question's last token where it is read so, else 0
+finger = None  # (B,) tokens of a part where it is read so, else 0; and thoughts in a run
+read = None  # (B,) bool: sequences of this step that are read so
 
 
 def visible(query: Cells, key: Cells, window: int = 0) -> Tensor | None:
-    """As model.visible; and in a sequence with a finger, a thought sees two tokens only."""
+    """As model.visible; and in a sequence with a finger, a thought sees two tokens of its part."""
     mask = usual_visible(query, key, window)
     if finger is None:
         return mask
-    last, at = finger[:, None, None], key.position[:, None, :]
-    r = query.position[:, :, None] - last  # (B, n_query, 1), below 0 within the question
-    near = (at == r) | (at == r + 1) | (at >= last)
-    return mask & (near | (r < 0) | (last == 0))
+    (size, R), here, at = finger, query.position[:, :, None], key.position[:, None, :]
+    size = size[:, None, None]
+    r = (here - size) % (size + R)  # (B, n_query, 1) cells since a part's last token
+    near = (at == here - size) | (at == here - size + 1) | (at >= here - r)
+    return mask & (near | (size == 0))
 
 
-def rollout(*arguments, where: Tensor | None = None, **options) -> tuple:
+def rollout(model, real, length, thinking, *others, where: Tensor | None = None, **options):
     """As train.rollout. where: (B,) see `finger`."""
     global finger
-    finger = where
+    finger = None if where is None else (where, thinking.max_run)
     try:
-        return usual_rollout(*arguments, **options)
+        return usual_rollout(model, real, length, thinking, *others, **options)
     finally:
         finger = None
+
+
+class Curriculum(train.Curriculum):
+    def grow(self, level: Tensor, right: Tensor) -> None:
+        """As ever; but once all levels are mastered, by the sequences without a finger only."""
+        counted = ~read if self.learned else torch.ones_like(read)
+        super().grow(level[counted], right[counted])
 
 
 class Trainer(train.Trainer):
@@ -64,14 +80,17 @@ class Trainer(train.Trainer):
 
     def draw(self) -> tuple:
         """As ever, and in the plan: where the finger is."""
+        global read
         batch, plan, teaches = super().draw()
-        reads = torch.rand(teaches.shape, device=teaches.device) < SHARE
-        reads &= ~teaches | (self.thinking.force is not None)
-        return batch, plan | {"where": (batch.prompt - 1) * reads}, teaches
+        read = torch.rand(teaches.shape, device=teaches.device) < SHARE
+        read &= ~teaches | (self.thinking.force is not None)
+        size = may_follow(batch.real, self.thinking.after).int().argmax(dim=1)
+        return batch, plan | {"where": size * read}, teaches
 
 
 def main(argv: list[str]) -> None:
-    model.visible, train.rollout, train.Trainer = visible, rollout, Trainer
+    model.visible, train.rollout = visible, rollout
+    train.Trainer, train.Curriculum = Trainer, Curriculum
     train.main(argv)
 
 
