@@ -5,11 +5,12 @@ The runs behind the tables: data, training, instruments, and one table a set.
   python lab/experiments.py automata --tasks=parity,a5 --models=thinking,gru
 
 Sets: main, chains, automata, text, keyhole, silent, parts, mixed, control, demonstrations,
-observer, addition. A run lives in out/SET/TASK/MODEL_SEED and is skipped where its report.json is there; with
---jobs=0 nothing runs, and the table is of what there is. A run takes one thread: a minute in main
-and chains, two to three a thinking one of automata (others less), ten or more in text and mixed.
+observer, addition. A run lives in out/SET/TASK/MODEL_SEED and is skipped where its report.json is
+there; with --jobs=0 nothing runs, and the table is of what there is. A run takes one thread: a
+minute in main and chains, two to three a thinking one of automata (others less), ten or more in
+text, parts and mixed.
 
-Not here: the numbers themselves (report, study, control, calibrate; their JSON files).
+Not here: the numbers themselves (report, study, where, parts, control, calibrate).
 """
 
 import json
