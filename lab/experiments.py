@@ -117,7 +117,6 @@ SILENT = {
     "pause": "lab/variants/pause.py config/silent.toml",
     "plain": "train.py config/silent.toml --n_bits=0",
 }
-PARTS = {kind: words.replace("silent", "parts") for kind, words in SILENT.items()}
 PRIMER, MIXED = "config/chain.toml --n_embd=128", "config/mixed.toml --init_from="
 SUMS = f"{MIXED}{{primer}} && lab/where.py --plain={{plain}}"
 PROSE = {
@@ -156,8 +155,8 @@ SETS = {
         for kind, words in SILENT.items()
     },
     "parts": {
-        ("parts", kind): words + " && lab/parts.py" * (kind != "plain")
-        for kind, words in PARTS.items()
+        ("parts", kind): words.replace("silent", "parts") + " && lab/parts.py" * (kind != "plain")
+        for kind, words in SILENT.items()
     },
     "mixed": {
         (task, f"{kind}{depth}"): words.replace(".toml", f".toml{layers}")
@@ -237,6 +236,7 @@ TABLES = {
     },
     "parts": {
         **ROWS,
+        "16": "own/accuracy/16",
         **ABLATIONS,
         **{f"thoughts at {n};": f"parts/thoughts/;/{n}" for n in range(1, 7)},
         "correlation": "parts/correlation/all",

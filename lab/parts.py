@@ -22,11 +22,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import DataError, load_split
+from lab.report import write_rounded
+from lab.where import draw_page
 from options import load_config, option, run
 from runs import load_model, pick_device
 from train import as_trained, evaluate
 
 PAGE = 12  # rows in the picture
+MARK = "\u00b7"  # a thought in it
 
 
 @dataclass
@@ -62,50 +65,27 @@ def measure(rows: list[list[tuple[str, int, int]]]) -> dict:
     return {"thoughts": mean, "correlation": correlation}
 
 
-def draw(rows: list[list[str]], path: Path) -> None:
-    """Rows, a line each, of tokens and of "" for a thought."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    width = max(sum(len(token) or 1 for token in row) for row in rows)
-    figure, axis = plt.subplots(figsize=(0.11 * width, 0.26 * len(rows)), layout="constrained")
-    axis.set(xlim=(-1, width), ylim=(len(rows), -1))
-    axis.axis("off")
-    for y, row in enumerate(rows):
-        x = 0
-        for token in row:
-            if not token:
-                axis.add_patch(plt.Rectangle((x - 0.4, y - 0.35), 0.8, 0.7, color="#f6b26b", lw=0))
-            for letter in token:
-                axis.text(x, y, letter, family="monospace", size=9, ha="center", va="center")
-                x += 1
-            x += not token
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def main(argv: list[str]) -> None:
     config = load_config(argv, PartsConfig)
-    model, vocabulary, state = load_model(config.run, pick_device(config.device))
+    device = pick_device(config.device)
+    model, vocabulary, state = load_model(config.run, device)
     if ";" not in vocabulary.tokens or not model.config.n_bits:
         raise DataError(f"{config.run} is not a thinking model of questions in parts")
     split = load_split(state["config"]["data"], "val", vocabulary, state["config"]["block"])
-    thinking, generator = as_trained(state, vocabulary), torch.Generator().manual_seed(0)
-    parts, pages = [], []
+    thinking, generator = as_trained(state, vocabulary), torch.Generator(device).manual_seed(0)
+    parts, lines = [], []
     for level in split.levels:
-        batch = split.first(config.rows, level).to(model.head.weight.device)
+        batch = split.first(config.rows, level).to(device)
         grid, _, _ = evaluate(model, batch, thinking, generator)
         counts = grid.thinks.sum(dim=2).tolist()
         for ids, count, length in zip(batch.real.tolist(), counts, batch.length.tolist()):
             tokens = [vocabulary.tokens[i] for i in ids[: length - 1]]
             parts.append(find_parts(tokens, count))
-            pages.append([*itertools.chain(*([t] + [""] * n for t, n in zip(tokens, count)))])
-    found = json.loads(json.dumps(measure(parts)), parse_float=lambda x: round(float(x), 4))
+            marked = ([(token, False)] + [(MARK, True)] * n for token, n in zip(tokens, count))
+            lines.append([*itertools.chain(*marked)])
     folder = Path(config.run)
-    (folder / "parts.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(pages[-PAGE:], folder / "parts.png")
+    found = write_rounded(measure(parts), folder / "parts.json")
+    draw_page(lines[-PAGE:], folder / "parts.png")
     print(json.dumps(found, indent=1) + f"\nwritten: {folder / 'parts.json'}, parts.png")
 
 

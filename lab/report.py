@@ -109,6 +109,13 @@ def joint_counts(thoughts: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return used, torch.bincount(row * Y + labels, minlength=len(used) * Y).view(len(used), Y)
 
 
+def write_rounded(found: dict, path: Path) -> dict:
+    """Write it as JSON -> what was written: keys are strings, numbers have four places."""
+    found = json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 4))
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
 def mutual_information(counts: Tensor) -> float:
     """Joint counts (X, Y) -> I(X; Y) in nats, of the empirical distribution."""
     joint = counts.double() / counts.sum()

@@ -30,6 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import DataError, Text, Vocabulary, load_split
+from lab.report import write_rounded
 from model import GPT, Thinking
 from options import load_config, option, run
 from runs import load_model, load_plain, pick_device
@@ -151,6 +152,12 @@ def describe(text: str) -> dict[str, list[int]]:
     return found
 
 
+def frequencies(ids: Tensor, kinds: int) -> Tensor:
+    """-> (kinds,) shares of each among ids (N,), as if each had been seen once more."""
+    counts = torch.bincount(ids, minlength=kinds).float() + 1
+    return counts / counts.sum()
+
+
 def told(bits: Tensor, label: Tensor) -> float:
     """
     Nats that bits (N, d) of 0 and 1 tell a linear reader of labels (N,): by how much it is better
@@ -168,10 +175,9 @@ def told(bits: Tensor, label: Tensor) -> float:
         return loss
 
     optimiser.step(closure)
-    frequency = torch.bincount(known, minlength=kinds).float() + 1
-    guess = (frequency / frequency.sum()).log().expand(len(asked), -1)
+    guess = -frequencies(known, kinds).log()[asked].mean()
     with torch.no_grad():
-        return (F.nll_loss(guess, asked) - F.cross_entropy(reader(kept), asked)).item()
+        return (guess - F.cross_entropy(reader(kept), asked)).item()
 
 
 def where_and_what(thinker, text: Text, vocabulary: Vocabulary, size: int) -> dict:
@@ -257,15 +263,13 @@ def main(argv: list[str]) -> None:
     if config.plain:
         other, _, its_state = load_plain(config.plain, vocabulary, device)
         train = load_split(folder, "train", vocabulary, block)
-        frequency = torch.bincount(train.tokens, minlength=len(vocabulary.tokens)).float() + 1
-        frequency = (frequency / frequency.sum()).to(device)
+        frequency = frequencies(train.tokens, len(vocabulary.tokens)).to(device)
         real = text.first(config.windows, block).real[:, 1:].to(device)
         plain = (other, as_trained(its_state, vocabulary))
         study["after_forgetting"] = after_forgetting(thinker, plain, real, frequency)
     study |= where_and_what(thinker, text, vocabulary, config.windows)
-    study = json.loads(json.dumps(study), parse_float=lambda x: round(float(x), 4))
     out = Path(config.run)
-    (out / "study.json").write_text(json.dumps(study, indent=1) + "\n")
+    study = write_rounded(study, out / "study.json")
     draw(study, out / "study.png")
     print(json.dumps(study, indent=1) + f"\nwritten: {out / 'study.json'}, {out / 'study.png'}")
 

@@ -15,7 +15,6 @@ The picture is a page of text with every token marked that a thought follows.
 """
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.dataset import DataError, load_split
 from data.mixed.prepare import MODULUS, OPERATIONS
-from lab.report import PART, most_used_thought
+from lab.report import PART, most_used_thought, write_rounded
 from model import GPT, MODES, Thinking
 from options import load_config, option, run
 from runs import load_model, load_plain, pick_device
@@ -116,21 +115,21 @@ def where(config: WhereConfig) -> tuple[dict, list[list[str]], Tensor]:
     return found, texts, said["policy"][2]
 
 
-def draw(texts: list[list[str]], thinks: Tensor, path: Path) -> None:
-    """A page: some windows that hold sums, a line each; marked is what a thought follows."""
+def draw_page(lines: list[list[tuple[str, bool]]], path: Path) -> None:
+    """Lines of (token, whether it is marked)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    width = max(sum(map(len, text)) for text in texts[:PAGE])
-    figure, axis = plt.subplots(figsize=(0.11 * width, 0.26 * PAGE), layout="constrained")
-    axis.set(xlim=(-1, width), ylim=(PAGE, -1))
+    width = max(sum(len(token) for token, _ in line) for line in lines)
+    figure, axis = plt.subplots(figsize=(0.11 * width, 0.26 * len(lines)), layout="constrained")
+    axis.set(xlim=(-1, width), ylim=(len(lines), -1))
     axis.axis("off")
-    for y, (text, marked) in enumerate(zip(texts[:PAGE], thinks.tolist())):
+    for y, line in enumerate(lines):
         x = 0
-        for token, hot in zip(text, [*marked, False]):
-            if hot:
+        for token, marked in line:
+            if marked:
                 box = (x - 0.5, y - 0.45), len(token), 0.9
                 axis.add_patch(plt.Rectangle(*box, color="#f6b26b", lw=0))
             for letter in token.replace("\n", "\u00b7"):
@@ -143,10 +142,10 @@ def draw(texts: list[list[str]], thinks: Tensor, path: Path) -> None:
 def main(argv: list[str]) -> None:
     config = load_config(argv, WhereConfig)
     found, texts, thinks = where(config)
-    found = json.loads(json.dumps(found), parse_float=lambda x: round(float(x), 4))
     folder = Path(config.run)
-    (folder / "where.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(texts, thinks, folder / "where.png")
+    found = write_rounded(found, folder / "where.json")
+    page = zip(texts[:PAGE], thinks.tolist())
+    draw_page([[*zip(text, [*marks, False])] for text, marks in page], folder / "where.png")
     print(f"{'':10s}" + "".join(f"{heading:>12s}" for heading in COLUMNS))
     for name, numbers in found.items():
         print(f"{name:10s}" + "".join(f"{numbers[key]:12.4f}" for key in COLUMNS.values()))
