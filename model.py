@@ -453,7 +453,7 @@ class Thinking:
     force: float | None = None  # after a token, with this probability max_run thoughts, else none
     force_recall: float | None = None  # RECALL with this probability. None: the gate is asked
     price: float | None = None  # nats; if set, think where the observer's value_of_thinking is more
-    explore: float | Tensor = 0.0  # or (B, 1): least probability of a gate's yes, and of its no
+    explore: float = 0.0  # least probability of a gate's yes, and of its no
     greedy: bool = False  # the likelier answer where a gate is asked, the likeliest thought
     after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None: all
     constant: int = 0  # the thought of mode `constant`
@@ -480,7 +480,7 @@ def wants_to_think(out: Output, run: int, thinking: Thinking, generator=None) ->
     if thinking.price is not None:
         return out.readings[:, -1, READINGS.index("value_of_thinking")] > thinking.price
     force = 1.0 if thinking.force is not None and run else thinking.force  # a run, once begun
-    return decide(out.gate[:, -1:], force, thinking, generator)[:, 0]
+    return decide(out.gate[:, -1], force, thinking, generator)
 
 
 def choose_thought(model: GPT, h: Tensor, thinking: Thinking, generator=None) -> Tensor:

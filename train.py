@@ -694,9 +694,9 @@ class Trainer:
         gates and the observer: all in the warm-up. In the cost phase a batch is groups of
         `rollouts`. One group in `rollouts` teaches, and is one sequence so many times, planned
         alike, in which the gate decides; the others are different sequences, which think always.
-        In a text the gate decides there, too, and explores nothing: what it emits in silence must
-        be as good. And as what is read so often is lost to the network, of a text one group in
-        `rollouts` teaches at first, and one in rollouts^3 at last.
+        In a text the gate decides there, too: what it emits in silence must be as good. And as
+        what is read so often is lost to the network, of a text one group in `rollouts` teaches at
+        first, and one in rollouts^3 at last.
         """
         c, levels, device = self.config, self.curriculum.levels, self.device
         rollouts = c.rollouts if self.paid else 1
@@ -720,7 +720,7 @@ class Trainer:
         # each step seeds its own random numbers: a resumed run draws what a whole one would
         torch.manual_seed(hash((c.seed, self.step, RANK)))
         batch, plan, teaches = self.draw()
-        thinking = dataclasses.replace(self.thinking, explore=c.explore * teaches[:, None])
+        thinking = dataclasses.replace(self.thinking, explore=c.explore)
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
         use_bf16 = self.device == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(self.device, torch.bfloat16, enabled=use_bf16):

@@ -117,7 +117,8 @@ SILENT = {
     "pause": "lab/variants/pause.py config/silent.toml",
     "plain": "train.py config/silent.toml --n_bits=0",
 }
-PRIMER, MIXED = "config/chain.toml --n_embd=128", "config/mixed.toml --init_from="
+PRIMER = "config/chain.toml --n_embd=128 --weight_decay=0.5"
+MIXED = "config/mixed.toml --init_from="
 SUMS = f"{MIXED}{{primer}} && lab/where.py --plain={{plain}}"
 PROSE = {
     ("primer", "thinking"): f"train.py {PRIMER}",

@@ -180,7 +180,7 @@ MUTANTS = {
     "weights do not decay": ("model.py", "(blocks, lr, decay)", "(blocks, lr, 0.0)"),
     "nothing is explored": (
         "train.py",
-        "dataclasses.replace(self.thinking, explore=c.explore * teaches[:, None])",
+        "dataclasses.replace(self.thinking, explore=c.explore)",
         "self.thinking",
     ),
     "several rollouts are different": (
@@ -194,11 +194,6 @@ MUTANTS = {
         "torch.rand(groups, device=device) < 1",
     ),
     "a text is read as often as rows are": ("train.py", "** (1 + fewer)", ""),
-    "all of a text is explored": (
-        "train.py",
-        "explore=c.explore * teaches[:, None]",
-        "explore=c.explore",
-    ),
     "nothing is ever mastered": (
         "train.py",
         "if self.right > MASTERED and",

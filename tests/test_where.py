@@ -136,20 +136,3 @@ def test_of_a_text_ever_fewer_windows_are_read_several_times(run, step, least, m
     groups = batch.real.unflatten(0, (-1, 4))
     same = (groups == groups[:, :1]).all(dim=2).all(dim=1)
     assert torch.equal(same, taught[:, 0]), "only what teaches is read four times"
-
-
-def test_only_what_teaches_is_explored(run, monkeypatch):
-    """A gate that says no is heard in the other windows."""
-    options = {"data": str(run.parent), "block": 32, "warm_up": 0.0, "n_embd": 16, "n_head": 2}
-    options |= {"rollouts": 2, "batch_tokens": 33 * 80, "explore": 0.4, "out": str(run)}
-    trainer = train.Trainer(train.Config(**options))
-    trainer.paid, seen = True, []
-    usual, rollout = trainer.draw, train.rollout
-    monkeypatch.setattr(trainer, "draw", lambda: seen.append(usual()) or seen[-1])
-    monkeypatch.setattr(train, "rollout", lambda *a, **k: seen.append(rollout(*a, **k)) or seen[-1])
-    with torch.no_grad():
-        trainer.model.gate.out.bias.fill_(-30.0)
-    trainer.train_step()
-    (_, _, teaches), (grid, _) = seen
-    assert not grid.thinks[~teaches].any()
-    assert 0.3 < grid.thinks[teaches, :-1, 0].float().mean() < 0.5
