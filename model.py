@@ -69,16 +69,13 @@ class GPTConfig:
     def watched(self) -> list[int]:
         """Whose outputs the observer watches: 0 the embedding, 1 the first block .. ValueError."""
         L = self.n_layer
-        layers = [min(round(L * quarter / 4), L - 1) for quarter in (1, 2, 3)]
-        try:
-            if self.observer != "quarters":
-                layers = [int(layer) for layer in self.observer.split(",") if layer]
-            if not set(layers) <= set(range(L)):
-                raise ValueError
-        except ValueError:
+        if self.observer == "quarters":
+            return sorted({min(round(L * quarter / 4), L - 1) for quarter in (1, 2, 3)})
+        layers = {layer.strip() for layer in self.observer.split(",") if layer}
+        if not layers <= {str(layer) for layer in range(L)}:
             message = f"is neither quarters nor layers below the last block, 0 to {L - 1}"
-            raise ValueError(f"observer = {self.observer!r} {message}") from None
-        return sorted(set(layers))
+            raise ValueError(f"observer = {self.observer!r} {message}")
+        return sorted(map(int, layers))
 
 
 class Cells(NamedTuple):
@@ -109,7 +106,7 @@ def visible(query: Cells, key: Cells, window: int = 0) -> Tensor | None:
         return None
     ones = torch.ones(n_query, n_key, dtype=torch.bool, device=key.position.device)
     before = ones.tril(n_key - n_query)  # or the cell itself
-    itself = before & ~ones.tril(n_key - n_query - 1)
+    itself = before.triu(n_key - n_query)
     near = before[None]
     if window:
         near = near & (query.position[:, :, None] - key.position[:, None, :] < window)
@@ -274,9 +271,7 @@ class Attention(nn.Module):
 
 
 class Gate(nn.Module):
-    """
-    A yes or no of every cell: a logit, which says yes with probability p before training.
-    """
+    """A yes or no of every cell: a logit, which says yes with probability p before training."""
 
     def __init__(self, width: int, p: float):
         super().__init__()
@@ -315,10 +310,8 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(V + config.recall, D)  # RECALL is the last
         self.position = nn.Embedding(config.n_positions, D) if config.n_positions else None
         self.thoughts = Thoughts(config.n_bits, D) if config.n_bits else None
-        last = config.n_layer - 1
-        self.blocks = nn.ModuleList(
-            Block(config, observed and layer == last) for layer in range(config.n_layer)
-        )
+        layers = range(config.n_layer)
+        self.blocks = nn.ModuleList(Block(config, observed and i == layers[-1]) for i in layers)
         self.norm = nn.LayerNorm(D)
         self.head = nn.Linear(D, V + config.revise)  # REVISE is the last; not tied to the embedding
         self.gate = Gate(D + observed * hs, GATE_INIT) if config.n_bits else None
@@ -364,10 +357,9 @@ class GPT(nn.Module):
         """
         if not x.is_floating_point():
             x = self.embed(x)  # (B, C) -> (B, C, D)
-        B, C, _ = x.shape
         if cells is None:
             start = cache.cells.position[:, -1:] + 1 if cache else 0
-            cells = Cells(start + torch.arange(C, device=x.device).expand(B, C))
+            cells = Cells(start + torch.arange(x.size(1), device=x.device).expand(x.shape[:2]))
         keys = cache.cells.then(cells) if cache else cells
         mask = visible(cells, keys, window)
         if mask is not None:
@@ -428,10 +420,8 @@ class GPT(nn.Module):
         first, *others = [
             {"params": some, "peak_lr": peak, "weight_decay": d} for some, peak, d in kinds if some
         ]
-        return [
-            torch.optim.Muon([first], lr=lr, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95)),
-        ]
+        muon = torch.optim.Muon([first], lr=lr, adjust_lr_fn="match_rms_adamw")
+        return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95))]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -538,18 +528,16 @@ def generate(
     V, RECALL = config.vocab_size, config.vocab_size + config.n_think
     max_run, after = thinking.longest_run(config), thinking.after
     watch = watch or (lambda what, token: None)
-    tokens, cache, run = [prompt[0]], None, 0
-    memory_stack = []  # (cache, logits) of each token emitted
-    watch("token", prompt[0])
-    cell = prompt[0]  # the id that goes through the network next
+    cell, run, cache = prompt[0], 0, None  # cell: the id that goes through the network next
+    tokens, memory_stack = [cell], []  # memory_stack: (cache, logits) of each token emitted
+    watch("token", cell)
     while True:
         out = model(torch.tensor([[cell]], device=device), None, cache, thinking.window)
         cache = out.cache if config.recall else out.cache.last(thinking.window)
         logits = out.logits[0, -1]
 
         may_revise = config.revise and revisions and len(tokens) > len(prompt) and run == 0
-        if may_revise:  # a token must be left to emit
-            may_revise = memory_stack[-1][1].isfinite().sum() > 1
+        may_revise = may_revise and memory_stack[-1][1].isfinite().sum() > 1  # one must be left
         if may_revise and logits[V] > logits[:V].logsumexp(dim=0):
             taken_back, (cache, logits) = tokens.pop(), memory_stack.pop()
             logits[taken_back] = -torch.inf

@@ -14,7 +14,6 @@ Glossary, beside model.py's
   rollout         walking through sequences from left to right, thoughts drawn, real tokens given
   grid            a batch of rollouts: after each real token, slots for what may follow it
   R               thoughts in a row, at most (max_run)
-  cut             a place behind a token: from the next cell on, nothing before it is visible
   jump            a place after which all stands further on, as if much lay in between
   level           how hard a sequence is, e.g. how many operations it has
   answer          the tokens of a sequence that count, after its prompt
@@ -23,9 +22,7 @@ Glossary, beside model.py's
                   nothing, and are forced unless the data demonstrate some
   cost phase      what follows (`paid`): the gate decides, and each thought has its price
   demonstration   a sequence whose thoughts the data show
-  batch           real (B, T) ids, length (B,), prompt (B,) tokens before the answer, level (B,),
-                  thoughts (B, T, R) demonstrated, wrong (B, T) ids to be taken back, shown (B,)
-                  bool: thoughts are demonstrated. See data/dataset.py
+  batch           sequences of the data, with what they demonstrate: Batch in data/dataset.py
 """
 
 import dataclasses
@@ -44,23 +41,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import runs
 from data.dataset import Batch, DataError, Vocabulary, load_meta, load_split, load_vocabulary
 from model import GPT, Cells, Output, Thinking, choose_thought, decide, generate, wants_to_think
 from options import load_config, option, run
-from runs import (
-    RANK,
-    WORLD,
-    average_gradients,
-    first_model,
-    interruptible,
-    load_checkpoint,
-    pick_device,
-    prepare_data,
-    prepare_out,
-    processes,
-    save_checkpoint,
-    total,
-)
 
 # ----------------------------------------------------------------------------------------------
 # config
@@ -97,9 +81,7 @@ class Config:  # option(default, help, least, most)
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
     # thoughts
     max_run: int = option(1, "thoughts in a row, at most", 1, 64)
-    force_think_prob: float = option(
-        1.0, "in the warm-up, of max_run thoughts after a token; of RECALL", 0, 1
-    )
+    force_think_prob: float = option(1.0, "in the warm-up, of max_run thoughts; of RECALL", 0, 1)
     warm_up: float = option(0.8, "share of the steps, at most, before thoughts cost", 0, 1)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
     forget: float = option(0.8, "share of the sequences that are cut; in the others, jumps", 0, 0.9)
@@ -226,9 +208,9 @@ def rollout(
     target = F.pad(real[:, 1:], (0, 1))  # (B, T) the next token
     may_be_asked = grid.present[:, :, 0] & may_follow(real, thinking.after)
     beside = [S + RECALL_SLOT] * config.recall + [S + WRONG_SLOT] * (wrong is not None)
-    count, cache, echo = torch.zeros_like(length)[:, None], None, None  # cells so far, (B, 1)
-    segment = count  # of all cells that wait: it changes only while none does
-    waiting, done, parts = [], [], []  # cells; those that are done, and what they put out
+    count = segment = torch.zeros_like(length)[:, None]  # (B, 1) cells so far; cuts so far
+    cache, echo = None, None
+    waiting, done, parts = [], [], []  # cells yet to go through; those that went; what they put out
 
     def go() -> Output:
         """All waiting cells through the network."""
@@ -237,7 +219,7 @@ def rollout(
         x, here, slot = model.embed(token[:, at]), present[:, at], at % S
         if echo is not None:  # of the thought that waits, which is the first
             x = torch.cat([x[:, :1] + echo[:, None], x[:, 1:]], dim=1)
-        lasting = here & (slot <= R)  # RECALL and wrong tokens stand where the next cell will
+        lasting = here & (slot <= R)  # RECALL and wrong tokens stand where the next cell will, too
         position = (count + lasting.cumsum(dim=1) - lasting.long()) * here
         cells = Cells(position)
         if R or beside:  # else what is absent comes last, and causal attention hides it
@@ -290,8 +272,7 @@ def rollout(
 
     out = GridOutput(*(put(torch.cat(part, dim=1)) for part in zip(*parts)))
     if config.recall:
-        logits = out.recall.flatten(1)
-        looks = decide(logits, thinking.force_recall, thinking, generator).view_as(out.recall)
+        looks = decide(out.recall, thinking.force_recall, thinking, generator)
         grid.present[:, :, RECALL_SLOT] = (looks & grid.ends).any(dim=2)
     return grid, out
 
@@ -318,7 +299,7 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, teaches: Tensor) -
     distances than the data have. A text does not jump.
     """
     (B, T), device, R = batch.real.shape, batch.real.device, thinking.max_run
-    chance = torch.rand(B, T, device=device)  # of each token, to think, to be the one, to be a cut
+    chance = torch.rand(B, T, device=device)  # one draw a token: to think, to be one, to be a cut
     force = 1.0 if thinking.force is None else thinking.force
     thinks = may_follow(batch.real, thinking.after) & (chance >= 1 - force)
     thinks = torch.where(batch.shown[:, None], (batch.thoughts >= 0).any(dim=2), thinks)
@@ -341,9 +322,10 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, teaches: Tensor) -
 # the hybrid loss
 
 
-def mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean -> scalar; 0 where nothing has weight, and the divisor is at least 1."""
-    return (x * weight).sum() / weight.sum().clamp(min=1)
+def mean(x: Tensor, weight: Tensor, dim: int | None = None) -> Tensor:
+    """Weighted mean of all, or along `dim`, which stays; without weight 0; divisor at least 1."""
+    stays = dim is not None
+    return (x * weight).sum(dim, keepdim=stays) / weight.sum(dim, keepdim=stays).clamp(min=1)
 
 
 def counted_tokens(batch: Batch) -> Tensor:
@@ -412,11 +394,7 @@ def value_of_thinking(cost: Tensor, grid: Grid, config: Config, rollouts: int):
     shape = (-1, rollouts)  # (B / rollouts, rollouts, T): only slot 0 is compared
     later, thought = (x[:, :, 0].unflatten(0, shape) for x in (later, grid.thinks))
     emitted = grid.present[:, :, 0].unflatten(0, shape) & ~thought
-
-    def average(which: Tensor) -> Tensor:
-        return (later * which).sum(1, keepdim=True) / which.sum(1, keepdim=True).clamp(min=1)
-
-    worth = torch.where(thought, average(emitted) - later, later - average(thought))
+    worth = torch.where(thought, mean(later, emitted, 1) - later, later - mean(later, thought, 1))
     known = (thought | emitted) & thought.any(1, keepdim=True) & emitted.any(1, keepdim=True)
     beside = (0, cost.size(2) - 1)
     return tuple(F.pad(x.flatten(0, 1)[:, :, None], beside) for x in (worth, known))
@@ -460,20 +438,18 @@ def hybrid_loss(model, grid, out: GridOutput, batch, teaches, config, paid: bool
     demonstrations add -> {name: term}; the loss is their sum. teaches (B,) bool: sequences from
     which REINFORCE and the observer learn.
     """
-    counted, shown, terms = counted_tokens(batch), batch.shown[:, None, None], {}
-    teaches = teaches[:, None, None]
-    terms["tokens"] = token_loss(out.loss, grid, counted, config.thinking_weight)
+    counted, teaches = counted_tokens(batch), teaches[:, None, None]
+    terms = {"tokens": token_loss(out.loss, grid, counted, config.thinking_weight)}
     if config.revise:
         wrong = grid.present[:, :, WRONG_SLOT]  # each weighs about as much as a token does
         share = mean(wrong.float(), grid.present[:, :, 0] & counted[:, :, 0])
         terms["revise"] = share * mean(out.loss[:, :, WRONG_SLOT], wrong)
     cost = out.loss.detach() * counted
-    price = config.think_cost * paid
-    returns = return_to_go(cost, grid, price, config.horizon)
+    returns = return_to_go(cost, grid, config.think_cost * paid, config.horizon)
     if paid:
         advantage = returns - baseline(returns, cost, config.rollouts)
         if model.config.n_bits:
-            here = grid.asked & teaches & ~shown
+            here = grid.asked & teaches & ~batch.shown[:, None, None]
             terms["gate"] = gate_loss(out.gate, grid.thinks, here, advantage, config.explore)
         if config.recall:
             here = grid.ends & teaches
@@ -482,9 +458,8 @@ def hybrid_loss(model, grid, out: GridOutput, batch, teaches, config, paid: bool
         present = (grid.emits | grid.thinks | grid.recalls) & teaches
         worth, known = value_of_thinking(cost, grid, config, config.rollouts if paid else 1)
         targets = [out.loss, worth, -returns]
-        terms["observer"] = observer_loss(
-            out.readings, targets, [present, known & teaches, present]
-        )
+        known = [present, known & teaches, present]
+        terms["observer"] = observer_loss(out.readings, targets, known)
     if batch.thoughts.size(2) and model.config.n_bits:
         terms["demonstrations"] = demonstration_loss(model, out, grid, batch)
     return terms
@@ -508,10 +483,10 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
     if model.config.revise:
         for i, (prompt, end) in enumerate(zip(batch.prompt.tolist(), batch.length.tolist())):
             row, how, instead = batch.real[i, :end].tolist(), thinking, None
-            thoughts = grid.token[i, :, 1:RECALL_SLOT][grid.present[i, :, 1:RECALL_SLOT]]
             if thinking.mode == "swapped":  # one prompt at a time has nobody to swap with
-                instead = itertools.cycle((thoughts - model.config.vocab_size).tolist())
-                how = thinking if len(thoughts) else dataclasses.replace(thinking, mode="never")
+                numbers = grid.next_thought(model.config.vocab_size)[i][grid.thinks[i]].tolist()
+                instead = itertools.cycle(numbers)
+                how = thinking if numbers else dataclasses.replace(thinking, mode="never")
             if prompt < end:  # a text has no answer
                 said = generate(model, row[:prompt], end - prompt, how, generator, instead=instead)
                 right[i] = said == row
@@ -541,7 +516,7 @@ def pools(count: dict[int, int]) -> list[int]:
         if waiting >= POOL:
             stages.append(i)
             waiting = 0
-    return [*stages[:-1], len(count)] if waiting else stages
+    return [*stages[:-1], len(count)]
 
 
 class Curriculum:
@@ -585,7 +560,7 @@ class Curriculum:
         if not self.grows or self.learned_at is not None:
             return
         counted = level >= (self.newest or self.every)[0]
-        hits, count = total(torch.stack([(right & counted).sum(), counted.sum()])).tolist()
+        hits, count = runs.total(torch.stack([(right & counted).sum(), counted.sum()])).tolist()
         if count:
             self.right += RATE * (hits / count - self.right)
         self.waited += 1
@@ -616,7 +591,6 @@ class Curriculum:
 RISE = 100  # steps, the first, in which the learning rate rises; in those of FALL it falls
 CLIP = 1.0  # largest norm of the gradient
 LOG_EVERY = 50
-PROGRESS = ("step", "seconds", "paid")  # of a Trainer, kept in a checkpoint
 
 
 def schedule(step: int, rest: float) -> float:
@@ -657,23 +631,22 @@ def trained_config(state: dict) -> Config:
 class Trainer:
     def __init__(self, config: Config):
         """Raises DataError."""
-        self.config, self.device = config, pick_device(config.device)
+        self.config, self.device = config, runs.pick_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        prepare_data(config.data)
-        self.meta = load_meta(config.data)
-        self.vocabulary = load_vocabulary(self.meta)
+        runs.prepare_data(config.data)
+        self.vocabulary = load_vocabulary(load_meta(config.data))
         self.rows = load_split(config.data, "train", self.vocabulary, config.block)
         self.val_rows = load_split(config.data, "val", self.vocabulary, config.block)
         told = self.rows.first(1, self.rows.levels[0]).thoughts.size(2)
-        symbols = len(self.meta.get("thoughts", []))
+        symbols = len(self.vocabulary.meta.get("thoughts", []))
         if config.n_bits and (told > config.max_run or symbols > 2**config.n_bits):
             message = f"the data demonstrate {symbols} thoughts, up to {told} in a row: more than"
             raise DataError(f"{message} n_bits = {config.n_bits}, max_run = {config.max_run} hold")
         if config.n_bits and config.window == 1:
             raise DataError("window = 1 shows a cell only itself: no thought would be read later")
         torch.manual_seed(config.seed)
-        self.model = first_model(config, self.vocabulary).to(self.device)
+        self.model = runs.first_model(config, self.vocabulary).to(self.device)
         self.network = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimisers = self.model.optimisers(config.lr, config.gate_lr, config.weight_decay)
         self.clipped = [], []  # all else, and the observer: one must not shrink the other
@@ -681,22 +654,21 @@ class Trainer:
             self.clipped[".observer." in name].append(p)
         grows = config.curriculum and not self.vocabulary.is_text  # which has no answers to master
         self.curriculum = Curriculum(self.rows.count, grows)
-        self.ways = {paid: how_to_think(config, self.vocabulary, paid) for paid in (False, True)}
         self.step, self.seconds, self.paid = 0, 0.0, False
 
     @property
     def thinking(self) -> Thinking:
-        return self.ways[self.paid]
+        return how_to_think(self.config, self.vocabulary, self.paid)
 
     def draw(self) -> tuple[Batch, dict, Tensor]:
         """
         A batch of the levels in use -> batch; see draw_plan; (B,) bool: sequences that teach the
-        gates and the observer: all in the warm-up. In the cost phase a batch is groups of
-        `rollouts`. One group in `rollouts` teaches, and is one sequence so many times, planned
-        alike, in which the gate decides; the others are different sequences, which think always.
-        In a text the gate decides there, too: what it emits in silence must be as good. And as
-        what is read so often is lost to the network, of a text one group in `rollouts` teaches at
-        first, and one in rollouts^3 at last.
+        gates and the observer. In the warm-up all do. In the cost phase a batch is groups of
+        `rollouts`, and a group teaches with the probability 1 / rollouts: then it is its first
+        sequence, copied with its plan, and the gate decides. In other groups the sequences differ,
+        and think after every token; in a text the gate decides there, too, so that its silence
+        stays trained. Copies teach the network little: in a text the probability falls to
+        1 / rollouts^3.
         """
         c, levels, device = self.config, self.curriculum.levels, self.device
         rollouts = c.rollouts if self.paid else 1
@@ -709,8 +681,7 @@ class Trainer:
         own = torch.arange(groups * rollouts, device=device)
         own = torch.where(teaches, own // rollouts * rollouts, own)
         gave_up = self.curriculum.gave_up
-        share = c.forget * (not gave_up)
-        plan = draw_plan(batch, self.thinking, share, teaches)
+        plan = draw_plan(batch, self.thinking, c.forget * (not gave_up), teaches)
         # a window would hide what is before a jump, learned positions have no room for it
         plan["jumps"] *= not (c.window or gave_up) and self.model.position is None
         return batch.rows(own), {name: x[own] for name, x in plan.items()}, teaches
@@ -718,7 +689,7 @@ class Trainer:
     def train_step(self) -> dict:
         c = self.config
         # each step seeds its own random numbers: a resumed run draws what a whole one would
-        torch.manual_seed(hash((c.seed, self.step, RANK)))
+        torch.manual_seed(hash((c.seed, self.step, runs.RANK)))
         batch, plan, teaches = self.draw()
         thinking = dataclasses.replace(self.thinking, explore=c.explore)
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
@@ -749,8 +720,8 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(self.step, self.left / self.config.steps)
         loss.backward()
-        if WORLD > 1:
-            average_gradients(self.model)
+        if runs.WORLD > 1:
+            runs.average_gradients(self.model)
         norms = [torch.nn.utils.clip_grad_norm_(some, CLIP).item() for some in self.clipped]
         if not math.isfinite(loss.item() + sum(norms)):
             message = f"the loss is {loss.item()}, its gradient {norms}, at step {self.step}"
@@ -764,12 +735,13 @@ class Trainer:
 
     def next_phase(self) -> None:
         """
-        After each step. The fall of the learning rate begins when all levels are learned, or when
-        they evidently will not be: then those left come into use all the same. Thoughts cost once
-        fewer than 1 - warm_up of the steps are left: by default from that moment on.
+        After each step. When all levels are learned no more than FALL of the steps are left, in
+        which the learning rate falls. Levels that evidently will not be learned come into use all
+        the same. Thoughts cost once fewer than 1 - warm_up of the steps are left: by default, too,
+        those of the fall.
         """
         c = self.config
-        if self.curriculum.move_on(self.step, c.steps) and RANK == 0:
+        if self.curriculum.move_on(self.step, c.steps) and runs.RANK == 0:
             what = f"level {self.curriculum.newest[0]} is not learned after {self.step} steps"
             print(f"{what}: all levels are in use, and nothing is cut any more", flush=True)
         if (c.n_bits or c.recall) and self.left < (1 - c.warm_up) * c.steps:  # warm_up 1: never
@@ -792,17 +764,17 @@ class Trainer:
         return {
             "config": dataclasses.asdict(self.config),
             "network": dataclasses.asdict(self.model.config),
-            "meta": self.meta,
+            "meta": self.vocabulary.meta,
             "model": self.model.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "progress": {name: getattr(self, name) for name in PROGRESS},
+            "progress": {"step": self.step, "seconds": self.seconds, "paid": self.paid},
             "curriculum": vars(self.curriculum),
             "mastered": self.curriculum.mastered,
         }
 
     def load_state(self, state: dict) -> None:
         """Raises DataError."""
-        if state["meta"] != self.meta:
+        if state["meta"] != self.vocabulary.meta:
             message = f"the checkpoint was trained on other data than {self.config.data} holds now"
             raise DataError(message)
         if state["network"] != dataclasses.asdict(self.model.config):
@@ -829,8 +801,8 @@ def train(trainer: Trainer) -> bool:
     """The loop -> False if Ctrl-C ended it early."""
     config, out = trainer.config, Path(trainer.config.out)
     began, busy, tokens, since = time.monotonic() - trainer.seconds, 0.0, 0, 0
-    file = os.devnull if RANK else out / "metrics.jsonl"
-    with open(file, "a", buffering=1) as metrics, interruptible() as interrupted:
+    file = os.devnull if runs.RANK else out / "metrics.jsonl"
+    with open(file, "a", buffering=1) as metrics, runs.interruptible() as interrupted:
         last = stopped = False
         while not (last or stopped):
             mark, log = time.monotonic(), trainer.train_step()
@@ -840,7 +812,7 @@ def train(trainer: Trainer) -> bool:
             last, stopped = trainer.left <= 0, interrupted()
             checks = trainer.step % config.eval_every == 0 or last
             logs = trainer.step % LOG_EVERY == 0 or last
-            if RANK:
+            if runs.RANK:
                 continue
             if logs:
                 print(progress_line(log, tokens / busy, busy / since * trainer.left), flush=True)
@@ -852,7 +824,7 @@ def train(trainer: Trainer) -> bool:
             if checks or logs:
                 metrics.write(json.dumps(log | {"seconds": round(trainer.seconds, 2)}) + "\n")
             if checks or stopped:
-                save_checkpoint(out / "checkpoint.pt", trainer.state())
+                runs.save_checkpoint(out / "checkpoint.pt", trainer.state())
     return last
 
 
@@ -872,28 +844,26 @@ def begin(trainer: Trainer) -> None:
     """Go on from what lies in `out`, or prepare it for a new run. Raises DataError."""
     config = trainer.config
     if config.plain:
-        load_checkpoint(config.plain)  # if it is not there, say so now
+        runs.load_checkpoint(config.plain)  # if it is not there, say so now
     if config.resume:
-        trainer.load_state(load_checkpoint(config.out, trainer.device))
+        trainer.load_state(runs.load_checkpoint(config.out, trainer.device))
         if trainer.left <= 0:
-            message = f"{config.out} is at step {trainer.step} already: give more --steps"
-            raise DataError(message)
-    if RANK == 0:
-        prepare_out(config, trainer.step)
-        parameters = sum(p.numel() for p in trainer.model.parameters())
-        size = f"{parameters:,} parameters, {config.n_layer} layers"
+            raise DataError(f"{config.out} is at step {trainer.step} already: give more --steps")
+    if runs.RANK == 0:
+        runs.prepare_out(config, trainer.step)
+        count = sum(p.numel() for p in trainer.model.parameters())
+        size = f"{count:,} parameters, {config.n_layer} layers, thoughts of {config.n_bits} bits"
         where = f"{trainer.device}, {torch.get_num_threads()} threads"
-        thoughts = f"thoughts of {config.n_bits} bits"
-        print(f"{trainer.meta['task']}; {size}, {thoughts}; {where}", flush=True)
+        print(f"{trainer.vocabulary.meta['task']}; {size}; {where}", flush=True)
 
 
 def main(argv: list[str]) -> None:
     config = load_config(argv, Config)
-    with processes(config.device):
+    with runs.processes(config.device):
         trainer = Trainer(config)
         begin(trainer)
         finished = train(trainer)
-    if RANK:
+    if runs.RANK:
         return
     if not finished:
         again = f"python train.py {shlex.join(argv)} --resume=true"

@@ -117,11 +117,11 @@ MUTANTS = {
         "mean(advantage.detach() *",
         "mean(advantage *",
     ),
-    "thoughts are for nothing": ("train.py", "price = config.think_cost * paid", "price = 0.0"),
+    "thoughts are for nothing": ("train.py", "config.think_cost * paid", "0.0"),
     "thoughts cost in the warm-up": (
         "train.py",
-        "price = config.think_cost * paid",
-        "price = config.think_cost",
+        "config.think_cost * paid",
+        "config.think_cost",
     ),
     "there is no baseline": (
         "train.py",
@@ -136,8 +136,8 @@ MUTANTS = {
     "the horizon is ignored": ("train.py", "if not horizon:", "if True:"),
     "all sequences teach the gate": (
         "train.py",
-        "here = grid.asked & teaches & ~shown",
-        "here = grid.asked & ~shown",
+        "here = grid.asked & teaches & ~batch.shown[:, None, None]",
+        "here = grid.asked & ~batch.shown[:, None, None]",
     ),
     "the prompt counts": (
         "train.py",
@@ -221,8 +221,8 @@ MUTANTS = {
     ),
     "every step draws the same": (
         "train.py",
-        "hash((c.seed, self.step, RANK))",
-        "hash((c.seed, RANK))",
+        "hash((c.seed, self.step, runs.RANK))",
+        "hash((c.seed, runs.RANK))",
     ),
 }
 

@@ -461,8 +461,8 @@ def test_data_are_made_when_they_are_first_needed(tmp_path, capfd):
 # several processes
 
 TWO = """
-import os, sys, torch, train
-seen, average = {}, train.average_gradients
+import os, sys, torch, runs, train
+seen, average = {}, runs.average_gradients
 
 def note(model):
     average(model)
@@ -474,11 +474,11 @@ class Kept(train.Trainer):
         super().__init__(config)
         seen["trainer"] = self
 
-train.average_gradients, train.Trainer = note, Kept
+runs.average_gradients, train.Trainer = note, Kept
 train.main(sys.argv[2:])
 state = seen["trainer"].state()
 del state["progress"]["seconds"]
-torch.save({"state": state, "gradient": seen["gradient"]}, f"{sys.argv[1]}/{train.RANK}.pt")
+torch.save({"state": state, "gradient": seen["gradient"]}, f"{sys.argv[1]}/{runs.RANK}.pt")
 """
 
 
@@ -499,12 +499,12 @@ def test_two_processes_average_their_gradients_and_end_with_the_same_weights(tmp
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 1, "and writes"
 
     gradients = []
-    monkeypatch.setattr(train, "WORLD", 2)
-    monkeypatch.setattr(train, "total", lambda x: x)
+    monkeypatch.setattr(runs, "WORLD", 2)
+    monkeypatch.setattr(runs, "total", lambda x: x)
     monkeypatch.setattr(train, "CLIP", 1e9)
-    monkeypatch.setattr(train, "average_gradients", lambda model: None)
+    monkeypatch.setattr(runs, "average_gradients", lambda model: None)
     for rank in (0, 1):
-        monkeypatch.setattr(train, "RANK", rank)
+        monkeypatch.setattr(runs, "RANK", rank)
         trainer = Trainer(config)
         trainer.train_step()
         named = trainer.model.named_parameters()
