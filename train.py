@@ -481,10 +481,11 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
     grid, out = rollout(model, batch.real, batch.length, thinking, generator)
     right = answers_right(out, grid, counted_tokens(batch))
     if model.config.revise:
+        thinks, thoughts = grid.thinks, grid.next_thought(model.config.vocab_size)  # (B, T, S)
         for i, (prompt, end) in enumerate(zip(batch.prompt.tolist(), batch.length.tolist())):
             row, how, instead = batch.real[i, :end].tolist(), thinking, None
             if thinking.mode == "swapped":  # one prompt at a time has nobody to swap with
-                numbers = grid.next_thought(model.config.vocab_size)[i][grid.thinks[i]].tolist()
+                numbers = thoughts[i][thinks[i]].tolist()
                 instead = itertools.cycle(numbers)
                 how = thinking if numbers else dataclasses.replace(thinking, mode="never")
             if prompt < end:  # a text has no answer
