@@ -76,6 +76,7 @@ class Config:  # option(default, help, least, most)
     steps: int = option(3500, "optimiser steps, at most: see FALL", 1)
     batch_tokens: int = option(1024, "real tokens a step and process, all rollouts counted", 1)
     lr: float = option(1e-3, "peak learning rate", 0, 1)
+    rise: int = option(100, "steps, the first, in which the learning rates rise", 1)
     gate_lr: float = option(5e-3, "peak learning rate of gates and observer", 0, 1)
     weight_decay: float = option(0.01, "of matrices", 0, 1)
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
@@ -589,17 +590,16 @@ class Curriculum:
 # ----------------------------------------------------------------------------------------------
 # the loop
 
-RISE = 100  # steps, the first, in which the learning rate rises; in those of FALL it falls
 CLIP = 1.0  # largest norm of the gradient
 LOG_EVERY = 50
 
 
-def schedule(step: int, rest: float) -> float:
+def schedule(step: int, rise: int, rest: float) -> float:
     """
     Share of the peak learning rates, `rest` the share of all steps that is to come: a linear rise,
-    then 1, and at last half a cosine down to 0.
+    then 1, and in the steps of FALL half a cosine down to 0.
     """
-    return min(1, (step + 1) / RISE) * 0.5 * (1 - math.cos(math.pi * min(1, rest / FALL)))
+    return min(1, (step + 1) / rise) * 0.5 * (1 - math.cos(math.pi * min(1, rest / FALL)))
 
 
 def how_to_think(config: Config, vocabulary: Vocabulary, paid: bool) -> Thinking:
@@ -716,10 +716,12 @@ class Trainer:
 
     def update(self, loss: Tensor) -> None:
         """Backward, clip, one step of the optimiser. Raises FloatingPointError."""
+        c = self.config
+        share = schedule(self.step, c.rise, self.left / c.steps)
         for optimiser in self.optimisers:
             optimiser.zero_grad()
             for group in optimiser.param_groups:
-                group["lr"] = group["peak_lr"] * schedule(self.step, self.left / self.config.steps)
+                group["lr"] = group["peak_lr"] * share
         loss.backward()
         if runs.WORLD > 1:
             runs.average_gradients(self.model)

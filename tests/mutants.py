@@ -170,7 +170,7 @@ MUTANTS = {
         "0.5 * (1 - math.cos(math.pi * min(1, rest / FALL)))",
         "1.0",
     ),
-    "the learning rate never rises": ("train.py", "min(1, (step + 1) / RISE) * ", ""),
+    "the learning rate never rises": ("train.py", "min(1, (step + 1) / rise) * ", ""),
     "the gradient is not clipped": (
         "train.py",
         "clip_grad_norm_(some, CLIP)",

@@ -17,7 +17,7 @@ import train
 from data.dataset import DataError, write_rows
 from model import GPT, Thinking, generate
 from runs import same
-from train import CLIP, FALL, RISE, Config, Trainer, evaluate, rollout, schedule
+from train import CLIP, FALL, Config, Trainer, evaluate, rollout, schedule
 
 WATCHED = {"observer": "0", "explore": 0.1}
 PLAIN, NOISY = {"n_bits": 0}, {"dropout": 0.1}
@@ -39,9 +39,9 @@ def groups_of(trainer):
 
 
 def test_the_learning_rate_rises_and_falls_at_last():
-    rising = [schedule(step, 0.9) for step in (0, 49, RISE - 1)]
+    rising = [schedule(step, 100, 0.9) for step in (0, 49, 99)]
     assert rising == pytest.approx([1 / 100, 50 / 100, 1])
-    falling = [schedule(2000, left) for left in (FALL, FALL / 2, 0)]
+    falling = [schedule(2000, 100, left) for left in (FALL, FALL / 2, 0)]
     assert falling == pytest.approx([1, 1 / 2, 0])
 
 
@@ -64,10 +64,10 @@ def test_matrices_decay_and_gates_and_observer_have_a_learning_rate_of_their_own
 
 
 def test_a_step_has_the_learning_rate_of_the_schedule(chains, tmp_path):
-    trainer = Trainer(small(chains, tmp_path, steps=200, lr=1e-3, gate_lr=7e-3))
+    trainer = Trainer(small(chains, tmp_path, steps=200, rise=100, lr=1e-3, gate_lr=7e-3))
     for trainer.step in (0, 60, 190):
         trainer.update(sum(p.sum() for p in trainer.model.parameters()))
-        share = schedule(trainer.step, 1 - trainer.step / 200)
+        share = schedule(trainer.step, 100, 1 - trainer.step / 200)
         rates = [group["lr"] for group in groups_of(trainer)]
         rate = 1e-3 * share
         assert rates == pytest.approx([rate, rate, 7 * rate, rate])

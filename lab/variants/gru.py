@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     began = time.monotonic()
     step, learned = 0, ()  # the step and the second
     while (left := curriculum.steps_left(step, config.steps)) > 0:
-        optimiser.param_groups[0]["lr"] = LR * schedule(step, left / config.steps)
+        optimiser.param_groups[0]["lr"] = LR * schedule(step, config.rise, left / config.steps)
         size = max(1, config.batch_tokens // rows.longest(curriculum.levels[-1]))
         batch = rows.draw(size, curriculum.levels, None, newest=len(curriculum.newest))
         loss, right = next_tokens(model, batch)
