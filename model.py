@@ -44,7 +44,7 @@ from torch import Tensor
 # configuration and visibility
 
 ROPE_BASE = 100.0  # rotary wavelengths: 2 pi to nearly 2 pi * ROPE_BASE cells; streams are short
-GATE_INIT = 0.95  # an untrained gate thinks: it cannot learn what thoughts are worth without any
+GATE_INIT = 0.6  # a new gate thinks, or nobody would see what thoughts are worth; but is not sure
 READINGS = ("predicted_loss", "value_of_thinking", "cost_to_go")  # of the observer, in nats
 
 
@@ -383,7 +383,7 @@ class GPT(nn.Module):
         """x (B, C, D); what the observer sensed (B, C, hs), or None."""
         logits = self.head(x)
         never = torch.full_like(x[..., 0], -torch.inf)
-        # The noise of policy gradients must not reach the trunk, so the gates' input is detached.
+        # The noise of tries must not reach the trunk, so the gates' input is detached.
         # Demonstrations have no such noise: the gradient of `taught_gate` goes on.
         gate_input = x if sensed is None else torch.cat([x, sensed], dim=-1)
         apart = gate_input.detach()
@@ -443,8 +443,7 @@ class Thinking:
     force: float | None = None  # after a token, with this probability max_run thoughts, else none
     force_recall: float | None = None  # RECALL with this probability. None: the gate is asked
     price: float | None = None  # nats; if set, think where the observer's value_of_thinking is more
-    explore: float = 0.0  # least probability of a gate's yes, and of its no
-    greedy: bool = False  # the likelier answer where a gate is asked, the likeliest thought
+    greedy: bool = False  # the likeliest thought, not one drawn
     after: Tensor | None = None  # (V,) bool: real tokens that a thought may follow; None: all
     constant: int = 0  # the thought of mode `constant`
     window: int = 0  # positions in view, 0 for all
@@ -454,15 +453,11 @@ class Thinking:
         return self.max_run if config.n_bits and self.mode != "never" else 0
 
 
-def decide(logit: Tensor, force: float | None, thinking: Thinking, generator=None) -> Tensor:
-    """
-    Yes or no with the probability `force` or, if None, as the logit says: the likelier if greedy,
-    else each with at least the probability `explore` -> bool, the shape of the logit.
-    """
-    p, least = logit.sigmoid(), thinking.explore
-    p = p.round() if thinking.greedy else least + (1 - 2 * least) * p
-    p = p if force is None else torch.full_like(p, force)
-    return torch.rand(p.shape, generator=generator, device=p.device) < p
+def decide(logit: Tensor, force: float | None, generator=None) -> Tensor:
+    """Yes with the probability `force`; if None, where the logit is positive -> bool, its shape."""
+    if force is None:
+        return logit > 0
+    return torch.rand(logit.shape, generator=generator, device=logit.device) < force
 
 
 def wants_to_think(out: Output, run: int, thinking: Thinking, generator=None) -> Tensor:
@@ -470,7 +465,7 @@ def wants_to_think(out: Output, run: int, thinking: Thinking, generator=None) ->
     if thinking.price is not None:
         return out.readings[:, -1, READINGS.index("value_of_thinking")] > thinking.price
     force = 1.0 if thinking.force is not None and run else thinking.force  # a run, once begun
-    return decide(out.gate[:, -1], force, thinking, generator)
+    return decide(out.gate[:, -1], force, generator)
 
 
 def choose_thought(model: GPT, h: Tensor, thinking: Thinking, generator=None) -> Tensor:
@@ -550,7 +545,7 @@ def generate(
                 cell, run = V + (int(own) if instead is None else next(instead)), run + 1
                 watch("think", cell)
                 continue
-            if config.recall and decide(out.recall, thinking.force_recall, thinking, generator):
+            if config.recall and decide(out.recall, thinking.force_recall, generator):
                 looked = model(torch.tensor([[RECALL]], device=device), None, cache)
                 logits = looked.logits[0, -1]
                 watch("recall", RECALL)

@@ -21,6 +21,7 @@ Glossary, beside model.py's
   warm-up         until all levels are learned, or for a share of the steps: thoughts cost
                   nothing, and are forced unless the data demonstrate some
   cost phase      what follows (`paid`): the gate decides, and each thought has its price
+  try             a rollout in which a gate is not followed at one place, to see what that changes
   demonstration   a sequence whose thoughts the data show
   batch           sequences of the data, with what they demonstrate: Batch in data/dataset.py
 """
@@ -74,10 +75,10 @@ class Config:  # option(default, help, least, most)
     window: int = option(0, "positions in view, in training and after; 0 for all", 0)
     # optimisation
     steps: int = option(3500, "optimiser steps, at most: see FALL", 1)
-    batch_tokens: int = option(1024, "real tokens a step and process, all rollouts counted", 1)
+    batch_tokens: int = option(1024, "real tokens a step and process, tries included", 1)
     lr: float = option(1e-3, "peak learning rate", 0, 1)
     rise: int = option(100, "steps, the first, in which the learning rates rise", 1)
-    gate_lr: float = option(5e-3, "peak learning rate of gates and observer", 0, 1)
+    gate_lr: float = option(2e-2, "peak learning rate of gates and observer", 0, 1)
     weight_decay: float = option(0.01, "of matrices", 0, 1)
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
     # thoughts
@@ -87,9 +88,10 @@ class Config:  # option(default, help, least, most)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
     forget: float = option(0.8, "share of the sequences that are cut; in the others, jumps", 0, 0.9)
     thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
-    rollouts: int = option(4, "of a sequence in which the gate decides, to compare", 1, 64)
+    tries: float = option(
+        0.25, "share of the sequences, once thoughts cost, that are tries", 0, 0.5
+    )
     horizon: int = option(0, "a thought is rewarded by the loss of so many next tokens; 0: all", 0)
-    explore: float = option(0.0, "least probability of a gate's yes, and of its no", 0, 0.5)
     # habits
     eval_every: int = option(250, "steps between validations, each with a checkpoint", 1)
     eval_rows: int = option(200, "validation sequences a level", 1)
@@ -115,6 +117,11 @@ class Grid(NamedTuple):
     token: Tensor  # (B, T, S) ids, which mean something where present, and in all of slot 0
     present: Tensor  # (B, T, S) bool
     asked: Tensor  # (B, T, S) bool: whether to think on was asked here
+    tried: Tensor  # (B, T, S) bool: a try: the gate was not followed here; RECALL's, in its slot
+
+    @property
+    def is_try(self) -> Tensor:  # (B,) somewhere a gate was not followed
+        return self.tried.flatten(1).any(dim=1)
 
     @property
     def thinks(self) -> Tensor:  # (B, T, S) a thought follows this cell
@@ -171,10 +178,12 @@ def empty_grid(model: GPT, real: Tensor, length: Tensor, R: int, wrong: Tensor |
     if wrong is not None:
         token[:, :, WRONG_SLOT] = wrong.clamp(min=0)
         present[:, :, WRONG_SLOT] = (wrong >= 0) & present[:, :, 0]
-    return Grid(token, present, torch.zeros_like(present))
+    nowhere = torch.zeros_like(present)
+    return Grid(token, present, nowhere, nowhere.clone())
 
 
 NO_THOUGHT, UNFORCED, THINK = -1, -2, -3  # in `forced`
+NO_TRY = -1  # in `tries`
 CHUNK = 512  # cells of a stream, about, that go through the network together if nothing is decided
 
 
@@ -188,6 +197,7 @@ def rollout(
     cuts: Tensor | None = None,
     jumps: Tensor | None = None,
     wrong: Tensor | None = None,
+    tries: Tensor | None = None,
 ) -> tuple[Grid, GridOutput]:
     """
     Walk all sequences, real (B, T) ids of length (B,), from left to right, every token given. At
@@ -201,6 +211,7 @@ def rollout(
     jumps: (B, T) positions by which all that follows this token is moved ahead. Both only at
     tokens that a thought may follow.
     wrong: see empty_grid.
+    tries: (B, T) where a gate is not followed, see draw_tries.
     """
     (B, T), config, device = real.shape, model.config, real.device
     R, V = thinking.longest_run(config), config.vocab_size
@@ -209,6 +220,7 @@ def rollout(
     target = F.pad(real[:, 1:], (0, 1))  # (B, T) the next token
     may_be_asked = grid.present[:, :, 0] & may_follow(real, thinking.after)
     beside = [S + RECALL_SLOT] * config.recall + [S + WRONG_SLOT] * (wrong is not None)
+    tries = torch.full_like(real, NO_TRY) if tries is None else tries.clone()
     count = segment = torch.zeros_like(length)[:, None]  # (B, 1) cells so far; cuts so far
     cache, echo = None, None
     waiting, done, parts = [], [], []  # cells yet to go through; those that went; what they put out
@@ -249,6 +261,9 @@ def rollout(
                 count = count + jumps[:, t, None]
             h = out.thoughts[:, -1]
             wants = wants_to_think(out, r, thinking, generator)
+            tried = asked & ((tries[:, t] == r) | (tries[:, t] > r) & ~wants)
+            wants, grid.tried[:, t, r] = wants ^ tried, tried
+            tries[tried, t] = NO_TRY
             thought, echo = choose_thought(model, h, thinking, generator), model.thoughts.echo(h)
             if forced is not None:
                 given = forced[:, t, r]
@@ -273,8 +288,9 @@ def rollout(
 
     out = GridOutput(*(put(torch.cat(part, dim=1)) for part in zip(*parts)))
     if config.recall:
-        looks = decide(out.recall, thinking.force_recall, thinking, generator)
-        grid.present[:, :, RECALL_SLOT] = (looks & grid.ends).any(dim=2)
+        looks = (decide(out.recall, thinking.force_recall, generator) & grid.ends).any(dim=2)
+        grid.tried[:, :, RECALL_SLOT] = (tries == RECALL_SLOT) & grid.present[:, :, 0]
+        grid.present[:, :, RECALL_SLOT] = looks ^ grid.tried[:, :, RECALL_SLOT]
     return grid, out
 
 
@@ -319,6 +335,22 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, teaches: Tensor) -
     return {"forced": forced, "cuts": cuts & cut, "jumps": (one & ~cut & ~is_text) * far}
 
 
+def draw_tries(batch: Batch, thinking: Thinking, recall: float) -> Tensor:
+    """
+    One try a sequence -> (B, T): NO_TRY, but at one token that a thought may follow r, 0 to R - 1:
+    there the gate is not followed when it is asked for thought number r, or where it stops before.
+    Or, with the probability `recall`, RECALL_SLOT, at any token.
+    """
+    (B, T), device, R = batch.real.shape, batch.real.device, thinking.max_run
+    looks = torch.rand(B, 1, device=device) < recall
+    inside = torch.arange(T, device=device) + 1 < batch.length[:, None]
+    places = inside & (looks | may_follow(batch.real, thinking.after))
+    chance = torch.rand(B, T, device=device).masked_fill(~places, -1)
+    one = F.one_hot(chance.argmax(dim=1), T).bool() & places
+    which = torch.randint(R, (B, 1), device=device).masked_fill(looks, RECALL_SLOT)
+    return torch.where(one, which, NO_TRY)
+
+
 # ----------------------------------------------------------------------------------------------
 # the hybrid loss
 
@@ -357,48 +389,22 @@ def return_to_go(cost: Tensor, grid: Grid, price: float, horizon: int = 0) -> Te
     return returns - F.pad(returns[:, :, 0], (0, horizon))[:, horizon:, None]
 
 
-def baseline(returns: Tensor, cost: Tensor, rollouts: int) -> Tensor:
+def gain(returns: Tensor, of: Tensor) -> Tensor:
     """
-    What a return-to-go is compared with: the mean, at the same token, of the other rollouts of the
-    sequence, which stand one after another (Kool et al. 2019, RLOO) -> (B, T, 1). It does not
-    depend on what this rollout did. For a horizon of 1 one rollout is enough: what emitting at once
-    would have cost -> (B, T, S).
+    By how much a try did better than what it is a try `of` (B,), which went as the gate wanted: the
+    difference of their (B, T, S) returns-to-go from the same token on -> (B, T, 1).
     """
-    if rollouts == 1:
-        return -cost
-    groups = returns[:, :, 0].view(-1, rollouts, returns.size(1))  # (B / rollouts, rollouts, T)
-    others = (groups.sum(dim=1, keepdim=True) - groups) / (rollouts - 1)
-    return others.view_as(returns[:, :, 0])[:, :, None]
+    return (returns - returns[of])[:, :, :1]
 
 
-def log_choice(logit: Tensor, yes: Tensor, explore: float) -> Tensor:
-    """log p of what was done, in nats, by a gate that does either with at least `explore`."""
-    free = math.log(1 - 2 * explore + 1e-12) + F.logsigmoid(torch.where(yes, logit, -logit))
-    return torch.logaddexp(free, torch.full_like(free, math.log(explore + 1e-12)))
-
-
-def gate_loss(logit: Tensor, yes: Tensor, asked: Tensor, advantage: Tensor, explore: float):
-    """REINFORCE: minus the mean of advantage times log p of what was done, where it was asked."""
-    return -mean(advantage.detach() * log_choice(logit, yes, explore), asked)
-
-
-def value_of_thinking(cost: Tensor, grid: Grid, config: Config, rollouts: int):
+def gate_loss(logit: Tensor, yes: Tensor, tried: Tensor, gain: Tensor) -> Tensor:
     """
-    Nats by which a thought at a cell lowered later costs, before its price -> (B, T, S), and where
-    that is known. With a horizon of one token: its cost if emitted at once less its cost after
-    the thought. Else from rollouts of the same sequence that did the other thing at the same
-    token: each cell's own later cost against the mean of theirs.
+    Mean, over the tries, of a cross-entropy: -log p of what was done if that gained, else of the
+    other, times how much was gained or lost. So in the end a logit is positive where yes gains on
+    average. Rollouts that label a classifier: Lagoudakis & Parr 2003.
     """
-    later = -return_to_go(cost, grid, 0.0, config.horizon)
-    if config.horizon == 1:
-        return cost - later, grid.thinks
-    shape = (-1, rollouts)  # (B / rollouts, rollouts, T): only slot 0 is compared
-    later, thought = (x[:, :, 0].unflatten(0, shape) for x in (later, grid.thinks))
-    emitted = grid.present[:, :, 0].unflatten(0, shape) & ~thought
-    worth = torch.where(thought, mean(later, emitted, 1) - later, later - mean(later, thought, 1))
-    known = (thought | emitted) & thought.any(1, keepdim=True) & emitted.any(1, keepdim=True)
-    beside = (0, cost.size(2) - 1)
-    return tuple(F.pad(x.flatten(0, 1)[:, :, None], beside) for x in (worth, known))
+    better = torch.where(gain > 0, yes, ~yes)
+    return -mean(gain.abs() * F.logsigmoid(torch.where(better, logit, -logit)), tried)
 
 
 def observer_loss(readings: Tensor, targets: list[Tensor], known: list[Tensor]) -> Tensor:
@@ -412,7 +418,7 @@ def demonstration_loss(model: GPT, out: GridOutput, grid: Grid, batch: Batch) ->
     shown = batch.shown[:, None, None]
     number = grid.next_thought(model.config.vocab_size)
     what = model.thoughts.log_probability(out.thoughts, number)
-    when = log_choice(out.taught_gate, grid.thinks, 0.0)
+    when = F.logsigmoid(torch.where(grid.thinks, out.taught_gate, -out.taught_gate))
     return -mean(what, grid.thinks & shown) - mean(when, grid.asked & shown)
 
 
@@ -433,34 +439,33 @@ def answers_right(out: GridOutput, grid: Grid, counted: Tensor) -> Tensor:
     return (out.right | ~(grid.emits & counted)).flatten(1).all(dim=1)
 
 
-def hybrid_loss(model, grid, out: GridOutput, batch, teaches, config, paid: bool) -> dict:
+def hybrid_loss(model, grid, out: GridOutput, batch, of, config, paid: bool) -> dict:
     """
-    Cross-entropy of real tokens, REINFORCE for the gates, and what REVISE, the observer and
-    demonstrations add -> {name: term}; the loss is their sum. teaches (B,) bool: sequences from
-    which REINFORCE and the observer learn.
+    Cross-entropy of real tokens, what tries teach the gates, and what REVISE, the observer and
+    demonstrations add -> {name: term}; the loss is their sum. of (B,): see Trainer.draw.
     """
-    counted, teaches = counted_tokens(batch), teaches[:, None, None]
-    terms = {"tokens": token_loss(out.loss, grid, counted, config.thinking_weight)}
+    counted = counted_tokens(batch)
+    trained = counted & ~grid.is_try[:, None, None]  # what is a mistake is not to be learned
+    terms = {"tokens": token_loss(out.loss, grid, trained, config.thinking_weight)}
     if config.revise:
         wrong = grid.present[:, :, WRONG_SLOT]  # each weighs about as much as a token does
         share = mean(wrong.float(), grid.present[:, :, 0] & counted[:, :, 0])
         terms["revise"] = share * mean(out.loss[:, :, WRONG_SLOT], wrong)
     cost = out.loss.detach() * counted
     returns = return_to_go(cost, grid, config.think_cost * paid, config.horizon)
+    tried = grid.tried & grid.asked
     if paid:
-        advantage = returns - baseline(returns, cost, config.rollouts)
+        gained = gain(returns, of)
         if model.config.n_bits:
-            here = grid.asked & teaches & ~batch.shown[:, None, None]
-            terms["gate"] = gate_loss(out.gate, grid.thinks, here, advantage, config.explore)
+            terms["gate"] = gate_loss(out.gate, grid.thinks, tried, gained)
         if config.recall:
-            here = grid.ends & teaches
-            terms["recall"] = gate_loss(out.recall, grid.recalls, here, advantage, config.explore)
+            here = grid.ends & grid.tried[:, :, RECALL_SLOT, None]
+            terms["recall"] = gate_loss(out.recall, grid.recalls, here, gained)
     if out.readings.size(-1):
-        present = (grid.emits | grid.thinks | grid.recalls) & teaches
-        worth, known = value_of_thinking(cost, grid, config, config.rollouts if paid else 1)
-        targets = [out.loss, worth, -returns]
-        known = [present, known & teaches, present]
-        terms["observer"] = observer_loss(out.readings, targets, known)
+        present = grid.emits | grid.thinks | grid.recalls
+        free = gain(return_to_go(cost, grid, 0.0, config.horizon), of)
+        targets = [out.loss, torch.where(grid.thinks, free, -free), -returns]
+        terms["observer"] = observer_loss(out.readings, targets, [present, tried, present])
     if batch.thoughts.size(2) and model.config.n_bits:
         terms["demonstrations"] = demonstration_loss(model, out, grid, batch)
     return terms
@@ -663,45 +668,41 @@ class Trainer:
 
     def draw(self) -> tuple[Batch, dict, Tensor]:
         """
-        A batch of the levels in use -> batch; see draw_plan; (B,) bool: sequences that teach the
-        gates and the observer. In the warm-up all do. In the cost phase a batch is groups of
-        `rollouts`, and a group teaches with the probability 1 / rollouts: then it is its first
-        sequence, copied with its plan, and the gate decides. In other groups the sequences differ,
-        and think after every token; in a text the gate decides there, too, so that its silence
-        stays trained. Copies teach the network little: in a text the probability falls to
-        1 / rollouts^3.
+        A batch of the levels in use -> batch; plan, see draw_plan; (B,) the number of the sequence
+        that each is a try of, or its own. Tries are the last n of a batch, copies of the first n,
+        with their plan; in these 2 n the gate decides. The others think after every token; but in
+        a text the gate decides there, too, so that its silence stays trained.
         """
         c, levels, device = self.config, self.curriculum.levels, self.device
-        rollouts = c.rollouts if self.paid else 1
-        groups = max(1, c.batch_tokens // self.rows.longest(levels[-1]) // rollouts)
-        batch = self.rows.draw(groups * rollouts, levels, None, len(self.curriculum.newest))
-        batch = batch.to(device)
-        fewer = 2 * (1 - self.left / c.steps) * self.vocabulary.is_text
-        teaches = torch.rand(groups, device=device) * rollouts ** (1 + fewer) < 1
-        teaches = teaches.repeat_interleave(rollouts)
-        own = torch.arange(groups * rollouts, device=device)
-        own = torch.where(teaches, own // rollouts * rollouts, own)
-        gave_up = self.curriculum.gave_up
-        plan = draw_plan(batch, self.thinking, c.forget * (not gave_up), teaches)
+        size = max(1, c.batch_tokens // self.rows.longest(levels[-1]))
+        n = int(c.tries * size) if self.paid else 0
+        batch = self.rows.draw(size - n, levels, None, len(self.curriculum.newest)).to(device)
+        number = torch.arange(size, device=device)
+        of = torch.where(number < size - n, number, number - (size - n))
+        batch, gave_up = batch.rows(of), self.curriculum.gave_up
+        plan = draw_plan(batch, self.thinking, c.forget * (not gave_up), of < n)
         # a window would hide what is before a jump, learned positions have no room for it
         plan["jumps"] *= not (c.window or gave_up) and self.model.position is None
-        return batch.rows(own), {name: x[own] for name, x in plan.items()}, teaches
+        plan = {name: x[of] for name, x in plan.items()}
+        if n:
+            tries = draw_tries(batch, self.thinking, c.recall * (0.5 if c.n_bits else 1.0))
+            plan["tries"] = tries.masked_fill((of == number)[:, None], NO_TRY)
+        return batch, plan, of
 
     def train_step(self) -> dict:
         c = self.config
         # each step seeds its own random numbers: a resumed run draws what a whole one would
         torch.manual_seed(hash((c.seed, self.step, runs.RANK)))
-        batch, plan, teaches = self.draw()
-        thinking = dataclasses.replace(self.thinking, explore=c.explore)
+        batch, plan, of = self.draw()
         wrong = wrong_tokens(batch, c.revise, self.model.config.vocab_size) if c.revise else None
         use_bf16 = self.device == "cuda" and torch.cuda.is_bf16_supported()
         with torch.autocast(self.device, torch.bfloat16, enabled=use_bf16):
-            how = self.network, batch.real, batch.length, thinking
+            how = self.network, batch.real, batch.length, self.thinking
             grid, out = rollout(*how, wrong=wrong, **plan)
-            terms = hybrid_loss(self.model, grid, out, batch, teaches, c, self.paid)
+            terms = hybrid_loss(self.model, grid, out, batch, of, c, self.paid)
         self.update(sum(terms.values()))
         right = answers_right(out, grid, counted_tokens(batch))
-        self.curriculum.grow(batch.level, right)
+        self.curriculum.grow(batch.level.masked_fill(grid.is_try, -1), right)  # a try is of none
         tokens = int(grid.emits.sum())
         log = {"step": self.step, "paid": self.paid, "level": int(batch.level.max())}
         log |= {"loss": terms.pop("tokens").item()}

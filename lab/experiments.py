@@ -123,7 +123,7 @@ SUMS = f"{MIXED}{{primer}} && lab/where.py --plain={{plain}}"
 PROSE = {
     ("primer", "thinking"): f"train.py {PRIMER}",
     ("primer", "pause"): f"lab/variants/pause.py {PRIMER}",
-    ("mixed", "plain"): f"train.py {MIXED} --n_bits=0",
+    ("mixed", "plain"): f"train.py {MIXED} --n_bits=0 --rise=100",  # which is better for it
     ("mixed", "thinking"): f"train.py {SUMS}",
     ("mixed", "pause"): f"lab/variants/pause.py {SUMS}",
 }
@@ -182,7 +182,7 @@ SETS = {
         ("addition", "plain"): f"{ADDITION} --n_bits=0",
         ("addition", "thinking"): ADDITION,
         ("addition_reversed", "plain"): f"{BACKWARDS} --n_bits=0",
-        ("addition_reversed", "thinking"): f"{BACKWARDS} --think_cost=0.1 --explore=0.05",
+        ("addition_reversed", "thinking"): f"{BACKWARDS} --think_cost=0.1",
     },
 }
 

@@ -67,7 +67,7 @@ def grid_of(streams, runs=2):
             token[b, t, slot], present[b, t, slot] = i, True
         present[b, t, 0] = False
     asked = present & (torch.arange(runs + 3) < runs)  # as if a thought might follow every token
-    return Grid(token, present, asked)
+    return Grid(token, present, asked, torch.zeros_like(asked))
 
 
 def streams_of(grid):

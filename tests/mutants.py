@@ -107,37 +107,32 @@ MUTANTS = {
         "thinking_weight * (grid.thinks | grid.recalls)",
         "0 * (grid.thinks | grid.recalls)",
     ),
-    "the gate is taught the contrary": (
-        "train.py",
-        "return -mean(advantage.detach()",
-        "return mean(advantage.detach()",
-    ),
-    "the gate's advantage has a gradient": (
-        "train.py",
-        "mean(advantage.detach() *",
-        "mean(advantage *",
-    ),
     "thoughts are for nothing": ("train.py", "config.think_cost * paid", "0.0"),
     "thoughts cost in the warm-up": (
         "train.py",
         "config.think_cost * paid",
         "config.think_cost",
     ),
-    "there is no baseline": (
+    "a try is compared with itself": ("train.py", "returns - returns[of]", "returns - returns"),
+    "the gate learns the contrary": (
         "train.py",
-        "returns - baseline(returns, cost, config.rollouts)",
-        "returns",
+        "torch.where(gain > 0, yes",
+        "torch.where(gain < 0, yes",
     ),
-    "a rollout is its own baseline": (
+    "a try counts whatever it changed": ("train.py", "-mean(gain.abs() * F", "-mean(1.0 * F"),
+    "tries teach the network": (
         "train.py",
-        "(groups.sum(dim=1, keepdim=True) - groups) / (rollouts - 1)",
-        "groups.mean(dim=1, keepdim=True).expand_as(groups)",
+        "trained = counted & ~grid.is_try[:, None, None]",
+        "trained = counted",
     ),
+    "all sequences are tries": ("train.py", ".masked_fill((of == number)[:, None], NO_TRY)", ""),
+    "nothing is tried": ("train.py", "wants, grid.tried[:, t, r] = wants ^ tried, tried", "pass"),
+    "a try goes on to try": ("train.py", "tries[tried, t] = NO_TRY", "pass"),
     "the horizon is ignored": ("train.py", "if not horizon:", "if True:"),
-    "all sequences teach the gate": (
+    "the gate decides everywhere": (
         "train.py",
-        "here = grid.asked & teaches & ~batch.shown[:, None, None]",
-        "here = grid.asked & ~batch.shown[:, None, None]",
+        "c.forget * (not gave_up), of < n)",
+        "c.forget * (not gave_up), of >= 0)",
     ),
     "the prompt counts": (
         "train.py",
@@ -147,8 +142,8 @@ MUTANTS = {
     "demonstrations do not say when": ("train.py", " - mean(when, grid.asked & shown)", ""),
     "the observer learns the contrary": (
         "train.py",
-        "targets = [out.loss, worth, -returns]",
-        "targets = [out.loss, -worth, returns]",
+        "torch.where(grid.thinks, free, -free), -returns]",
+        "torch.where(grid.thinks, -free, free), returns]",
     ),
     "the observer shapes what it watches": (
         "model.py",
@@ -178,22 +173,13 @@ MUTANTS = {
     ),
     "gates have everybody's rate": ("model.py", "(gates, gate_lr, 0.0)", "(gates, lr, 0.0)"),
     "weights do not decay": ("model.py", "(blocks, lr, decay)", "(blocks, lr, 0.0)"),
-    "nothing is explored": (
+    "a try is of another sequence": ("train.py", "batch.rows(of), self", "batch, self"),
+    "a try is cut elsewhere": (
         "train.py",
-        "dataclasses.replace(self.thinking, explore=c.explore)",
-        "self.thinking",
-    ),
-    "several rollouts are different": (
-        "train.py",
-        "own = torch.where(teaches, own // rollouts * rollouts, own)",
+        "plan = {name: x[of] for name, x in plan.items()}",
         "pass",
     ),
-    "all sequences have several rollouts": (
-        "train.py",
-        "torch.rand(groups, device=device) * rollouts ** (1 + fewer) < 1",
-        "torch.rand(groups, device=device) < 1",
-    ),
-    "a text is read as often as rows are": ("train.py", "** (1 + fewer)", ""),
+    "a try counts as mastered": ("train.py", ".masked_fill(grid.is_try, -1)", ""),
     "nothing is ever mastered": (
         "train.py",
         "if self.right > MASTERED and",

@@ -225,21 +225,23 @@ def test_a_step_draws_what_the_curriculum_says_and_tells_it_what_was_right(train
     assert torch.equal(heard[0][1], right) and 0 < right.sum() < len(right)
 
 
-def test_where_the_gate_decides_a_sequence_has_several_rollouts_all_cut_at_the_same_place(trainer):
+def test_a_try_is_of_a_sequence_cut_at_the_same_places_in_which_the_gate_decides(trainer):
     trainer.curriculum.stage = 3  # all levels are in use
-    before, plan, teaches = trainer.draw()
-    assert teaches.all() and plan["cuts"].sum(dim=1).max() == 1, (
-        "in the warm-up nothing stands there twice"
-    )
+    before, plan, of = trainer.draw()
+    assert (plan["forced"] == train.THINK).all() and "tries" not in plan
+    assert of.tolist() == [*range(len(of))] and plan["cuts"].sum(dim=1).max() == 1
     trainer.paid, most = True, {True: 0, False: 0}
     for _ in range(10):
-        batch, plan, teaches = trainer.draw()
-        assert len(batch.real) // 4 == len(before.real) // 4, "all rollouts are counted"
-        alike = torch.cat([batch.real, plan["cuts"], plan["jumps"]], dim=1).unflatten(0, (-1, 4))
-        alike = (alike == alike[:, :1]).flatten(1).all(dim=1)
-        assert torch.equal(teaches, teaches[::4].repeat_interleave(4)) and alike[teaches[::4]].all()
-        for one in teaches.unique().tolist():
-            most[one] = max(most[one], int(plan["cuts"][teaches == one].sum(dim=1).max()))
+        batch, plan, of = trainer.draw()
+        n = len(of) // 4
+        assert len(of) == len(before.real) and of.tolist() == [*range(len(of) - n), *range(n)]
+        alike = torch.cat([batch.real, plan["cuts"], plan["jumps"]], dim=1)
+        assert torch.equal(alike, alike[of]) and (plan["tries"][:-n] == train.NO_TRY).all()
+        assert ((plan["tries"][-n:] != train.NO_TRY).sum(dim=1) == 1).all()
+        decides = (plan["forced"] == train.UNFORCED).flatten(1).all(dim=1)
+        assert torch.equal(decides, of < n)
+        for one in (False, True):
+            most[one] = max(most[one], int(plan["cuts"][decides == one].sum(dim=1).max()))
     assert most[False] == 1 < most[True], "where the gate decides, many thoughts are needed"
 
 

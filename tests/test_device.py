@@ -11,11 +11,11 @@ import torch
 from conftest import small
 
 from model import generate
-from train import Trainer, draw_plan, evaluate, hybrid_loss, rollout, wrong_tokens
+from train import Trainer, draw_plan, draw_tries, evaluate, hybrid_loss, rollout, wrong_tokens
 
 KINDS = {
     "thinking": {},
-    "window and observer": {"window": 4, "observer": "0", "explore": 0.1, "max_run": 2},
+    "window and observer": {"window": 4, "observer": "0", "max_run": 2},
     "recall": {"recall": True, "window": 4},
     "revise": {"n_bits": 0, "revise": 0.5},
 }
@@ -29,14 +29,15 @@ def trainer(request, chains, tmp_path):
 @pytest.mark.parametrize("paid", [False, True])
 def test_a_step_is_on_the_models_device(trainer, paid):
     config, trainer.paid = trainer.config, paid
-    batch, plan, teaches = trainer.draw()
-    thinking = dataclasses.replace(trainer.thinking, explore=config.explore)
+    batch, plan, of = trainer.draw()
+    thinking = trainer.thinking
     with torch.device("meta"):
-        draw_plan(batch, thinking, config.forget, teaches)
+        draw_plan(batch, thinking, config.forget, of >= 0)
+        draw_tries(batch, thinking, 0.5)
         wrong = wrong_tokens(batch, config.revise, trainer.model.config.vocab_size)
         how = trainer.model, batch.real, batch.length, thinking
         grid, out = rollout(*how, wrong=wrong if config.revise else None, **plan)
-        loss = sum(hybrid_loss(trainer.model, grid, out, batch, teaches, config, paid).values())
+        loss = sum(hybrid_loss(trainer.model, grid, out, batch, of, config, paid).values())
         loss.backward()
     assert loss.device.type == "cpu" and loss.isfinite()
     assert all(p.grad is None or p.grad.device == p.device for p in trainer.model.parameters())
@@ -54,8 +55,8 @@ def test_evaluation_and_generation_are_on_the_models_device(trainer, mode):
 
 def test_a_tensor_that_names_no_device_is_noticed(chains, tmp_path):
     trainer = Trainer(small(chains, tmp_path))
-    batch, _, teaches = trainer.draw()
+    batch, _, of = trainer.draw()
     everywhere = patch("train.may_follow", side_effect=lambda real, _: torch.ones(real.shape) > 0)
     with torch.device("meta"), everywhere, pytest.raises((RuntimeError, NotImplementedError)):
-        plan = draw_plan(batch, trainer.thinking, 0.5, teaches)
+        plan = draw_plan(batch, trainer.thinking, 0.5, of >= 0)
         rollout(trainer.model, batch.real, batch.length, trainer.thinking, **plan)

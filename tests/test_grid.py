@@ -5,7 +5,7 @@ import torch
 from conftest import RECALL, K, V, alone, grid_of, replay, seeded, segments, streams_of
 
 import train
-from model import Thinking, decide, wants_to_think
+from model import Thinking, wants_to_think
 from train import NO_THOUGHT, UNFORCED, rollout
 
 # ----------------------------------------------------------------------------------------------
@@ -152,21 +152,6 @@ def test_ablations_take_away_what_thoughts_say_but_not_when_they_are_thought(tin
             assert (thought == 2).all()
         drawn.append(thought.flatten().bincount(minlength=K) / 200)
     assert (drawn[-1] - 1 / K).abs().max() < 0.1, "at random: all alike"
-
-
-def test_choices_are_drawn_with_the_gates_probability_and_explored_at_least_a_little():
-    logit = torch.tensor([-100.0, 0.0, 1.0, 100.0]).repeat(4000, 1)
-
-    def share(force=None, **how):
-        return decide(logit, force, Thinking(**how), seeded(0)).float().mean(dim=0)
-
-    def near(shares, wanted):
-        torch.testing.assert_close(shares, torch.tensor(wanted), atol=0.03, rtol=0)
-
-    near(share(), [0.0, 0.5, 0.731, 1.0])
-    near(share(explore=0.1), [0.1, 0.5, 0.685, 0.9])
-    near(share(0.3, explore=0.1), [0.3] * 4)
-    near(share(greedy=True), [0.0, 0.0, 1.0, 1.0])
 
 
 def test_a_forced_run_is_whole_or_not_at_all(tiny):

@@ -1,6 +1,5 @@
 """The hybrid loss: its terms by hand, gradients by enumeration and finite difference, the whole."""
 
-import itertools
 import math
 
 import pytest
@@ -14,23 +13,24 @@ from model import Cells, Thinking, Thoughts
 from train import (
     JUMP,
     NO_THOUGHT,
+    NO_TRY,
+    RECALL_SLOT,
     THINK,
     UNFORCED,
     Config,
     GridOutput,
     answers_right,
-    baseline,
     counted_tokens,
     demonstration_loss,
     draw_plan,
+    draw_tries,
+    gain,
     gate_loss,
     hybrid_loss,
-    log_choice,
     observer_loss,
     return_to_go,
     rollout,
     token_loss,
-    value_of_thinking,
     wrong_tokens,
 )
 
@@ -147,7 +147,7 @@ def test_the_thought_at_the_cut_is_all_that_is_felt_of_what_came_before(tiny):
 
 
 # ----------------------------------------------------------------------------------------------
-# tokens, prices, baselines
+# tokens, prices, tries
 
 
 def test_every_cell_is_charged_for_the_token_it_would_emit_and_one_that_thinks_with_a_weight():
@@ -201,97 +201,68 @@ def test_a_horizon_counts_the_next_tokens_and_what_is_thought_for_them():
     assert found[3] == found[0]
 
 
-def test_a_rollout_is_compared_with_the_others_of_its_sequence_at_the_same_token():
-    grid = grid_of([[0, 1, 2], [0, 5, 1, 2], [0, 1, 2]])
-    returns = on(grid, [1.0, 3.0], [2.0, 9.0, 5.0], [6.0, 4.0])
-    of_three = off(grid, baseline(returns, -returns, 3))
-    assert of_three == [[4.0, 4.5], [3.5, 3.5, 3.5], [1.5, 4.0]], "a thought's as its token's"
-    assert off(grid, baseline(returns, -returns, 1)) == off(grid, returns), "emitting at once"
+def test_a_sequence_has_one_try_at_a_token_that_a_thought_may_follow():
+    torch.manual_seed(0)
+    after = torch.tensor([True, False, True, True, True])
+    tries = draw_tries(many(6), Thinking(max_run=2, after=after), 0.0)
+    assert ((tries != NO_TRY).sum(dim=1) == 1).all()
+    near((tries == 0).float().mean(dim=0), [0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0])
+    near((tries == 1).float().mean(dim=0), [0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0])
+    tries = draw_tries(many(6), Thinking(after=torch.zeros(5).bool()), 0.5)
+    near((tries == RECALL_SLOT).float().mean(dim=0), [0.5 / 7] * 7 + [0.0])
+    assert ((tries == NO_TRY) | (tries == RECALL_SLOT)).all(), "no thought may follow any"
 
 
-def test_rollouts_are_not_compared_with_those_of_other_sequences():
-    grid = grid_of([[0, 1]] * 2 + [[2, 3]] * 2)
-    returns = on(grid, [1.0], [2.0], [10.0], [20.0])
-    assert off(grid, baseline(returns, -returns, 2)) == [[2.0], [1.0], [20.0], [10.0]]
+@pytest.mark.parametrize("wants", [0, 1, 2, 3])
+def test_a_try_does_the_other_thing_at_one_place_and_what_the_gate_wants_elsewhere(
+    tiny, monkeypatch, wants
+):
+    """A gate that wants so many thoughts behind each token."""
+    model, R = tiny(), 3
+    gate = lambda out, run, *_: torch.full((R + 1,), run < wants)  # noqa: E731
+    monkeypatch.setattr(train, "wants_to_think", gate)
+    tries = torch.full((R + 1, 4), NO_TRY)
+    tries[:R, 1] = torch.arange(R)
+    real = torch.randint(V, (1, 4), generator=seeded(0)).expand(R + 1, 4)
+    how = Thinking(max_run=R), seeded(0)
+    grid, _ = rollout(model, real, torch.full((R + 1,), 4), *how, tries=tries)
+    runs = grid.thinks.sum(dim=2)[:, :3]
+    assert (runs[:, [0, 2]] == wants).all() and runs[R, 1] == wants
+    assert runs[:R, 1].tolist() == [r if r < wants else wants + 1 for r in range(R)]
+    assert grid.tried.nonzero().tolist() == [[r, 1, min(r, wants)] for r in range(R)]
+    assert grid.is_try.tolist() == [True, True, True, False]
 
 
-def test_an_exploring_gate_knows_the_probability_of_what_it_did():
-    logit = torch.tensor([-200.0, -1.0, 3.0])
-    yes = torch.ones(3).bool()
-    for explore in (0.0, 0.1, 0.5):
-        log_p = [log_choice(logit, did, explore) for did in (yes, ~yes)]
-        assert torch.isfinite(log_p[0]).all()
-        torch.testing.assert_close(log_p[0].exp() + log_p[1].exp(), torch.ones(3))
-        wanted = explore + (1 - 2 * explore) * logit.sigmoid()
-        torch.testing.assert_close(log_p[0].exp(), wanted)
+def test_a_try_is_compared_with_what_it_is_a_try_of_at_the_same_token():
+    grid = grid_of([[0, 5, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 6, 2]])
+    returns = on(grid, [1.0, 2.0, 3.0], [7.0, 5.0], [4.0, 9.0], [8.0, 2.0, 1.0])
+    found = gain(returns, torch.tensor([0, 1, 0, 1]))[:, :2, 0]
+    assert found.tolist() == [[0, 0], [0, 0], [3, 6], [1, -3]], "a thought's as its token's"
 
 
 def test_the_gate_loss_by_hand():
-    logit, yes = torch.tensor([0.0, 1.0, 5.0]), torch.tensor([True, False, True])
-    advantage, asked = torch.tensor([2.0, -3.0, 7.0]), torch.tensor([True, True, False])
-    log_p = [math.log(0.5), math.log(1 - torch.tensor(1.0).sigmoid())]
-    by_hand = -(2 * log_p[0] - 3 * log_p[1]) / 2
-    assert gate_loss(logit, yes, asked, advantage, 0.0).item() == pytest.approx(by_hand)
+    logit, yes = torch.tensor([0.0, 1.0, 2.0, 5.0]), torch.tensor([True, False, True, True])
+    gained, tried = torch.tensor([2.0, -3.0, -1.0, 7.0]), torch.tensor([1, 1, 1, 0]).bool()
+    p = logit.sigmoid()
+    by_hand = -(2 * math.log(0.5) + 3 * math.log(p[1]) + 1 * math.log(1 - p[2])) / 3
+    assert gate_loss(logit, yes, tried, gained).item() == pytest.approx(by_hand)
 
 
-# ----------------------------------------------------------------------------------------------
-# the policy gradient, against all rollouts there are
-
-
-def every_rollout(model, real, after):
-    """
-    All ways in which one sequence can be rolled out, up to two thoughts in a row -> a grid each.
-    `after`: tokens that a thought may follow.
-    """
-    V = model.config.vocab_size
-    thoughts = range(V, V + model.config.n_think)
-    runs = [run for n in range(3) for run in itertools.product(thoughts, repeat=n)]
-    for chosen in itertools.product(runs, repeat=len(real) - 1):
-        if all(after[i] or not run for i, run in zip(real, chosen)):
-            stream = itertools.chain(*([i, *run] for i, run in zip(real, chosen)), real[-1:])
-            grid = grid_of([list(stream)])
-            yield grid._replace(token=torch.where(grid.present, grid.token, real[-1]))
-
-
-@pytest.mark.parametrize("explore", [0.0, 0.1])
-@pytest.mark.parametrize("compared", ["nothing", "emitting at once", "another rollout"])
-def test_the_policy_gradient_is_that_of_the_expected_cost(tiny, monkeypatch, compared, explore):
-    """
-    The expectation of the gate's loss over all rollouts, each as probable as the gate makes it,
-    has the gradient of the expected cost plus price; whatever the baseline.
-    """
-    monkeypatch.setattr("conftest.V", 3)
-    model = tiny(1, vocab_size=3, n_bits=1, n_layer=1, n_embd=8).double()
-    after, price, objective, found = torch.tensor([True, False, True]), 0.3, 0.0, []
-    for grid in every_rollout(model, [0, 1, 2, 0], after):
-        out, asked = replay(model, grid), grid.asked.clone()
-        asked[:, :, 0] &= after[grid.token[:, :, 0]]
-        yes = explore + (1 - 2 * explore) * out.gate.sigmoid()
-        p = torch.where(grid.thinks, yes, 1 - yes)[asked].prod()
-        number = (grid.token.roll(-1, dims=2) - 3) * grid.thinks
-        thought = model.thoughts.log_probability(out.thoughts, number)[grid.thinks].sum().exp()
-        p, cost = p * thought.detach(), out.loss.detach()
-        objective = objective + p * (cost[grid.emits].sum() + price * grid.thinks.sum())
-        found.append((grid, out.gate, asked, p.item(), cost, return_to_go(cost, grid, price)))
-    assert len(found) == 7 * 7 and sum(f[3] for f in found) == pytest.approx(1)
-
-    def estimate(one, compared_with=0.0):
-        grid, gate, asked, p, _, returns = one
-        loss = gate_loss(gate, grid.thinks, asked, returns - compared_with, explore)
-        return p * asked.sum() * loss
-
-    if compared == "nothing":
-        expected = sum(estimate(one) for one in found)
-    if compared == "emitting at once":
-        expected = sum(estimate(one, baseline(one[5], one[4], 1)) for one in found)
-    if compared == "another rollout":
-        expected = 0.0
-        for one, other in itertools.product(found, found):
-            both = [torch.cat([one[i], other[i]]) for i in (5, 4)]
-            expected = expected + other[3] * estimate(one, baseline(*both, 2)[:1])
-    weights = [model.gate.out.weight, model.gate.out.bias]
-    gradients = [torch.autograd.grad(x, weights, retain_graph=True) for x in (expected, objective)]
-    torch.testing.assert_close(*gradients)
+def test_a_gate_ends_with_yes_where_yes_gains_on_average():
+    """Thinking often costs a little, and seldom gains a lot."""
+    yes, lucky = torch.arange(100) % 2 == 0, torch.arange(100) < 20
+    for luck in (2.0, 1.0):
+        worth = torch.where(lucky, luck, -0.3)
+        logit = torch.zeros((), requires_grad=True)
+        optimiser = torch.optim.SGD([logit], lr=2.0)
+        for _ in range(500):
+            optimiser.zero_grad()
+            gained = torch.where(yes, worth, -worth)
+            gate_loss(logit.expand(100), yes, torch.ones(100).bool(), gained).backward()
+            optimiser.step()
+        ratio = worth[lucky].sum() / -worth[~lucky].sum()
+        assert logit.item() == pytest.approx(math.log(ratio), abs=1e-3)
+        assert (logit > 0) == (worth.mean() > 0)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -372,28 +343,6 @@ def test_thoughts_that_are_forced_have_no_echo(tiny):
 # the observer
 
 
-def test_what_a_thought_is_worth_by_hand():
-    """The first rollout thinks behind 0 and 1, the second behind 1 only."""
-    grid = grid_of([[0, 5, 1, 6, 2, 3], [0, 1, 5, 2, 3]])
-    cost = on(grid, [9.0, 1.0, 9.0, 2.0, 4.0], [3.0, 9.0, 5.0, 6.0])
-    worth, known = value_of_thinking(cost, grid, Config(), 2)
-    assert off(grid, known) == [[True, *[False] * 4], [True, *[False] * 3]], "there they differ"
-    assert worth[0, 0, 0] == worth[1, 0, 0] == (3 + 5 + 6) - (1 + 2 + 4)
-    worth, known = value_of_thinking(cost, grid, Config(horizon=2), 2)
-    assert worth[0, 0, 0] == worth[1, 0, 0] == (3 + 5) - (1 + 2), "two tokens on"
-    worth, known = value_of_thinking(cost, grid, Config(horizon=1), 1)
-    assert torch.equal(known, grid.thinks), "what a thinking cell would have lost is known"
-    assert worth[known].tolist() == [9 - 1, 9 - 2, 9 - 5]
-
-
-def test_one_against_several_is_compared_with_their_mean():
-    grid = grid_of([[0, 5, 1, 2], [0, 1, 2], [0, 1, 2]])
-    cost = on(grid, [0.0, 1.0, 1.0], [2.0, 2.0], [4.0, 2.0])
-    worth, known = value_of_thinking(cost, grid, Config(), 3)
-    assert known[:, 0, 0].all() and worth[:, 0, 0].tolist() == [5 - 2, 4 - 2, 6 - 2]
-    assert not value_of_thinking(cost, grid, Config(), 1)[1].any(), "alone, nothing is known"
-
-
 def test_each_reading_errs_where_its_own_target_is_known():
     readings = torch.tensor([[[[1.0, 0.0, 2.0], [3.0, 5.0, 0.0]]]])
     zero, all_, first = torch.zeros(1, 1, 2), torch.ones(1, 1, 2).bool(), torch.tensor([[[1, 0]]])
@@ -441,13 +390,10 @@ def test_wrong_tokens_are_tried_in_the_place_of_those_of_an_answer():
 # the whole
 
 
-ALL_TEACH = torch.ones(8, dtype=torch.bool)  # everywhere the gate decides
-
-
 def test_a_plain_model_pays_cross_entropy_and_nothing_else(tiny):
     model, real = tiny(n_bits=0), torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     grid, out = rollout(model, real, torch.tensor([4, 4]), Thinking())
-    how = batch_of(grid, 1), ALL_TEACH[:2], Config(n_bits=0), False
+    how = batch_of(grid, 1), torch.arange(2), Config(n_bits=0), False
     terms = hybrid_loss(model, grid, out, *how)
     logits = model(real[:, :-1]).logits
     wanted = F.cross_entropy(logits.flatten(0, 1), real[:, 1:].flatten())
@@ -507,10 +453,10 @@ class ByHand:
 @pytest.mark.parametrize("sizes", [{}, {"recall": True, "revise": True, "observer": "0,1"}])
 def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, horizon):
     """
-    Three sequences, four rollouts each. The second is cut behind its first token, in those rollouts
-    that think there; the third shows how to think.
+    Three sequences, four rollouts each, three of them tries. The second is cut behind its first
+    token; the third shows how to think.
     """
-    model, price, weight, explore = tiny(7, **sizes).double(), 0.4, 0.5, 0.05
+    model, price, weight = tiny(7, **sizes).double(), 0.4, 0.5
     length = torch.tensor([6, 5, 6]).repeat_interleave(4)
     real = torch.tensor([[0, 1, 2, 3, 4, 2], [3, 0, 2, 1, 1, 0], [2, 2, 0, 4, 1, 3]])
     thoughts = torch.full((3, 6, 2), -1)
@@ -520,22 +466,25 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
     shown, more = torch.tensor([False, False, True]), {"thoughts": thoughts, "wrong": wrong}
     batch = Batch.plain(real, length[::4], torch.full((3,), 2), length[::4])
     batch = batch._replace(shown=shown, **more).rows(torch.arange(12) // 4)
-    thinking = Thinking(max_run=2, explore=explore, window=5)
+    thinking = Thinking(max_run=2, window=5)
     forced = torch.where(batch.shown[:, None, None], batch.thoughts, UNFORCED)
     cuts = torch.zeros_like(batch.real, dtype=torch.bool)
     cuts[4:8, 0] = True
     torch.manual_seed(3)
     tried = wrong_tokens(batch, 1e-12, V) if sizes else None
-    how = {"forced": forced, "cuts": cuts, "wrong": tried}
+    tries = torch.full_like(batch.real, NO_TRY)
+    for b, t, which in ((1, 2, 0), (2, 1, 1), (3, 3, 0), (5, 0, 0), (6, 2, 1), (7, 3, 1)):
+        tries[b, t] = RECALL_SLOT if sizes and b in (3, 6, 7) else which
+    how = {"forced": forced, "cuts": cuts, "wrong": tried, "tries": tries}
     grid, out = rollout(model, batch.real, length, thinking, **how)
     config = Config(
         n_bits=D_BITS, max_run=2, window=5, think_cost=price, thinking_weight=weight,
-        explore=explore, observer=sizes.get("observer", ""), recall="recall" in sizes,
+        observer=sizes.get("observer", ""), recall="recall" in sizes,
         revise=1e-12 if sizes else 0.0, horizon=horizon,
     )  # fmt: skip
     segment = segments(grid, cuts)
-    teaches = torch.arange(12) != 3  # it is told when to think
-    found = hybrid_loss(model, grid, out, batch, teaches, config, True)
+    of = torch.arange(12) // 4 * 4
+    found = hybrid_loss(model, grid, out, batch, of, config, True)
 
     def log_p(one, t, slot):
         """Of the thought that follows."""
@@ -544,29 +493,37 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
 
     slow = [alone(model, grid, b, 5, segment) for b in range(12)]
     full = [ByHand(model, grid, b, batch, cells) for b, cells in enumerate(slow)]
-    wanted = {"tokens": average(pair for one in full for pair in one.charged(weight))}
-    gate, recall = [], []
+    own = [one for b, one in enumerate(full) if (tries[b] == NO_TRY).all()]
+    wanted = {"tokens": average(pair for one in own for pair in one.charged(weight))}
+    gate, recall, worths = [], [], {}
     to_go = [one.to_go(price, horizon) for one in full]
-    for b, one in enumerate(full):
-        group = [to_go[o] for o in range(b - b % 4, b - b % 4 + 4) if o != b]
-        for t, slot in one.emitting():
-            advantage = sum(o[t, 0] for o in group) / 3 - to_go[b][t, slot]
-            did = one.does(t, slot)
-            if slot < 2 and not batch.shown[b] and teaches[b]:
-                p = explore + (1 - 2 * explore) * one.cells[t, slot].gate.sigmoid()
-                gate.append(-advantage * (p if did == "think" else 1 - p).log())
-            if slot < 3 and did != "think" and teaches[b]:
-                p = explore + (1 - 2 * explore) * one.cells[t, slot].recall.sigmoid()
-                recall.append(-advantage * (p if did == "recall" else 1 - p).log())
+
+    def taught(logit, did, gained):
+        return abs(gained) * -F.logsigmoid(logit if did == (gained > 0) else -logit)
+
+    for b, t in (tries != NO_TRY).nonzero().tolist():
+        one, base = full[b], b - b % 4
+        gained = to_go[base][t, 0] - to_go[b][t, 0]
+        slots = [slot for (at, slot) in one.cells if at == t and slot < 3]
+        if tries[b, t] == RECALL_SLOT:
+            last = one.cells[t, max(slots)]
+            recall.append(taught(last.recall, one.does(t, max(slots)) == "recall", gained))
+        else:  # the gate was followed up to there
+            thinks = [one.does(t, slot) == "think" for slot in slots]
+            slot = next(s for s in slots if (one.cells[t, s].gate > 0) != thinks[s])
+            did = thinks[slot]
+            gate.append(taught(one.cells[t, slot].gate, did, gained))
+            free = full[base].to_go(0.0, horizon)[t, 0] - one.to_go(0.0, horizon)[t, 0]
+            worths[b, t, slot] = free if did else -free
     wanted["gate"] = sum(gate) / len(gate)
     shown = [(one, t, s) for one in full[8:] for t, s in one.emitting() if s < 3]
-    taught = [log_p(one, t, s) for one, t, s in shown if one.does(t, s) == "think"]
+    told = [log_p(one, t, s) for one, t, s in shown if one.does(t, s) == "think"]
     when = [
         F.logsigmoid(one.cells[t, s].gate * (1 if one.does(t, s) == "think" else -1))
         for one, t, s in shown
         if s < 2
     ]
-    wanted["demonstrations"] = -sum(taught) / len(taught) - sum(when) / len(when)
+    wanted["demonstrations"] = -sum(told) / len(told) - sum(when) / len(when)
 
     if sizes:
         wanted["recall"] = sum(recall) / len(recall)
@@ -576,18 +533,12 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
         wanted["revise"] = len(tried) / counted * sum(lost) / len(lost)
         errors = {"predicted": [], "worth": [], "to go": []}
         for b, one in enumerate(full):
-            rest = one.to_go(0.0, horizon)
-            group = [full[o] for o in range(b - b % 4, b - b % 4 + 4)]
-            for t, slot in one.emitting() if teaches[b] else []:
+            for t, slot in one.emitting():
                 predicted, worth, cost_to_go = one.cells[t, slot].readings
                 errors["predicted"].append((predicted - one.loss(t, slot).detach()) ** 2)
                 errors["to go"].append((cost_to_go - to_go[b][t, slot]) ** 2)
-                thinks = one.does(t, 0) == "think"
-                others = [o for o in group if (o.does(t, 0) == "think") != thinks]
-                if slot == 0 and others:
-                    theirs = sum(o.to_go(0.0, horizon)[t, 0] for o in others) / len(others)
-                    gain = theirs - rest[t, 0] if thinks else rest[t, 0] - theirs
-                    errors["worth"].append((worth - gain) ** 2)
+                if (b, t, slot) in worths:
+                    errors["worth"].append((worth - worths[b, t, slot]) ** 2)
         wanted["observer"] = sum(sum(e) / len(e) for e in errors.values())
         assert min(map(len, (tried, recall, errors["worth"]))) > 2
 
@@ -600,13 +551,16 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
 
 def test_in_the_warm_up_thoughts_are_free_and_the_gate_is_left_alone(tiny):
     model = tiny(2, observer="0,1")
-    real, length = torch.randint(V, (8, 6), generator=seeded(0)), torch.full((8,), 6)
-    grid, out = rollout(model, real, length, Thinking(), seeded(0))
+    real, length = torch.randint(V, (2, 6), generator=seeded(0)), torch.full((8,), 6)
+    real = real.repeat_interleave(4, dim=0)
+    tries = torch.full((8, 6), NO_TRY)
+    tries[1, 1] = tries[6, 2] = 0
+    grid, out = rollout(model, real, length, Thinking(), seeded(0), tries=tries)
     losses = {}
     for price in (0.0, 5.0):
         config = Config(n_bits=D_BITS, observer="0,1", think_cost=price)
         for paid in (False, True):
-            how = batch_of(grid, 4), ALL_TEACH, config, paid
+            how = batch_of(grid, 4), torch.arange(8) // 4 * 4, config, paid
             terms = hybrid_loss(model, grid, out, *how)
             losses[price, paid] = {name: term.item() for name, term in terms.items()}
     assert losses[0.0, False] == losses[5.0, False] and "gate" not in losses[5.0, False]

@@ -17,9 +17,9 @@ import train
 from data.dataset import DataError, write_rows
 from model import GPT, Thinking, generate
 from runs import same
-from train import CLIP, FALL, Config, Trainer, evaluate, rollout, schedule
+from train import CLIP, FALL, Config, Trainer, evaluate, hybrid_loss, rollout, schedule
 
-WATCHED = {"observer": "0", "explore": 0.1}
+WATCHED = {"observer": "0"}
 PLAIN, NOISY = {"n_bits": 0}, {"dropout": 0.1}
 EVERYTHING = WATCHED | {"recall": True, "window": 4, "revise": 0.3, "max_run": 2, "horizon": 2}
 
@@ -93,14 +93,22 @@ def test_gradients_are_clipped_and_the_observers_apart_from_the_others(chains, t
     assert observer == pytest.approx(1e-3 * sizes[0], rel=1e-4)
 
 
-def test_the_gate_explores_in_training_and_only_there(chains, tmp_path):
-    trainer = Trainer(small(chains, tmp_path, explore=0.3, rollouts=1))
+def test_tries_teach_the_gates_and_nothing_else(chains, tmp_path):
+    """A gate that never thinks: where it decides there is a thought in tries only."""
+    trainer = Trainer(small(chains, tmp_path, batch_tokens=4000))
     trainer.paid = True
     with torch.no_grad():
         trainer.model.gate.out.bias.fill_(-100.0)
-    assert 0.2 < trainer.train_step()["thoughts_per_token"] < 0.4
-    grid, *_ = evaluate(trainer.model, trainer.rows.first(50, 3), trainer.thinking)
-    assert not grid.thinks.any()
+    batch, plan, of = trainer.draw()
+    grid, out = rollout(trainer.model, batch.real, batch.length, trainer.thinking, **plan)
+    is_try, thoughts = of != torch.arange(len(of)), grid.thinks.flatten(1).sum(dim=1)
+    assert torch.equal(grid.is_try, is_try) and (thoughts[is_try] == 1).all()
+    assert not thoughts[of[is_try]].any()
+    how = batch, of, trainer.config, True
+    before = hybrid_loss(trainer.model, grid, out, *how)
+    out.loss[is_try] += 3
+    after = hybrid_loss(trainer.model, grid, out, *how)
+    assert after["tokens"] == before["tokens"] and after["gate"] != before["gate"]
 
 
 def test_thoughts_are_forced_but_where_the_gate_decides(chains, tmp_path, monkeypatch):
@@ -111,9 +119,9 @@ def test_thoughts_are_forced_but_where_the_gate_decides(chains, tmp_path, monkey
         seen["cuts"], (seen["grid"], out) = cuts, rollout(*what, cuts=cuts, **how)
         return seen["grid"], out
 
-    def add_up(model, grid, out, batch, teaches, *others):
-        seen["teaches"] = teaches
-        return train_loss(model, grid, out, batch, teaches, *others)
+    def add_up(model, grid, out, batch, of, *others):
+        seen["decides"] = of < (of != torch.arange(len(of))).sum()
+        return train_loss(model, grid, out, batch, of, *others)
 
     monkeypatch.setattr(train, "rollout", walk)
     monkeypatch.setattr(train, "hybrid_loss", add_up)
@@ -127,9 +135,10 @@ def test_thoughts_are_forced_but_where_the_gate_decides(chains, tmp_path, monkey
     with torch.no_grad():
         trainer.model.gate.out.bias.fill_(-100.0)
     trainer.train_step()
-    grid, teaches = seen["grid"], seen["teaches"]
-    assert 10 < teaches.sum() < len(teaches) - 10 and not grid.thinks[teaches].any()
-    assert torch.equal(grid.thinks[~teaches][:, :, 0], grid.present[~teaches][:, :, 0])
+    grid, decides = seen["grid"], seen["decides"]
+    assert decides.sum() > 20 and not grid.thinks[decides & ~grid.is_try].any()
+    forced = ~decides
+    assert torch.equal(grid.thinks[forced][:, :, 0], grid.present[forced][:, :, 0])
 
 
 def test_positions_jump_only_where_thoughts_can_bridge_it(chains, tmp_path, monkeypatch):
@@ -340,8 +349,7 @@ BAD = {
     "--lr=nan": "lr = 'nan' is not",
     "--lr=2": "lr = 2 is not allowed: 0 to 1",
     "--max_run=1000": "max_run = 1000 is not allowed: 1 to 64",
-    "--rollouts=0": "rollouts = 0 is not allowed: 1 to 64",
-    "--explore=0.6": "explore = 0.6 is not allowed: 0 to 0.5",
+    "--tries=0.6": "tries = 0.6 is not allowed: 0 to 0.5",
     "--batch_tokens=-5": "batch_tokens = -5 is not allowed: at least 1",
     "--window=1": "window = 1 shows a cell only itself",
     "--seed=99999999999999999999": "is not allowed: 0 to 4294967296",

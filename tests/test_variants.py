@@ -64,7 +64,8 @@ def test_reinforce_rewards_a_thought_by_what_comes_behind_it_and_nothing_else(ti
     grid = grid_of([[1, 5, 2, 3, 4], [1, 8, 2, 3, 4]], runs=1)  # the thoughts 0 and 3
     batch, gpt = batch_of(grid, 3), tiny(0)
     monkeypatch.setattr(reinforce, "usual_loss", lambda *_: {})
-    how = grid, replay(gpt, grid), batch, None, train.Config(rollouts=2), False
+    monkeypatch.setattr(reinforce, "ROLLOUTS", 2)
+    how = grid, replay(gpt, grid), batch, None, train.Config(), False
     terms = reinforce.hybrid_loss(gpt, *how)
     cost = []
     for thought in (5, 8):  # of the answer, 4
@@ -82,8 +83,8 @@ def test_without_the_echo_numbers_get_no_gradient_from_later_losses():
     assert thoughts.echo(h).shape == (3, 8) and not thoughts.echo(h).requires_grad
 
 
-def test_reinforce_has_rollouts_to_compare_in_the_warm_up_too(chains, tmp_path):
-    trainer = reinforce.Trainer(small(chains, tmp_path, rollouts=4))
+def test_reinforce_has_rollouts_to_compare(chains, tmp_path):
+    trainer = reinforce.Trainer(small(chains, tmp_path))
     real = trainer.draw()[0].real
     assert not trainer.paid and (real.view(-1, 4, real.size(1)) == real[::4, None]).all()
 
@@ -121,11 +122,12 @@ def test_no_finger_where_the_gate_decides(paid, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "visible", finger.visible)
     data = tmp_path / "data"
     prepare_arithmetic(["--width=4", "--levels=2", "--think_after==", f"--out={data}"])
-    trainer = finger.Trainer(small(data, tmp_path, rollouts=2, max_run=3, batch_tokens=800))
+    trainer = finger.Trainer(small(data, tmp_path, max_run=3, batch_tokens=800))
     trainer.paid = paid
-    batch, plan, teaches = trainer.draw()
+    batch, plan, of = trainer.draw()
     assert set(plan["where"].tolist()) == {0, 5}
-    assert paid == (not plan["where"][teaches].any())
+    tried = of[of != torch.arange(len(of))]
+    assert len(tried) == (len(of) // 4 if paid else 0) and not plan["where"][tried].any()
     rolled = {k: x for k, x in plan.items() if k != "where"}
     read, free = (
         finger.rollout(trainer.model, batch.real, batch.length, trainer.thinking, seeded(0), **how)

@@ -379,50 +379,51 @@ assert not kit.LEARNS or told["with cuts"] > told["without"] + 0.3
 # mean anything. It is forgetting, not the price, that gets thoughts read.
 
 # %% [markdown]
-# ## 8. Write the leave-one-out baseline
-# ●●○, 12 minutes. The gate is taught by REINFORCE: a decision is reinforced by what came after it,
-# less what was to be expected. Expected is the mean, at the same token, of the *other* rollouts of
-# the same sequence (Kool et al. 2019). `returns` is (B, T, S), the rollouts of a sequence stand one
-# after another, and slot 0 of a token is what is compared.
+# ## 8. Teach the gate
+# ●●○, 12 minutes. Each choice of the gate is yes or no: think on, or emit. To know what a choice was
+# worth, a sequence is rolled out several times: first as the gate wants, then as a *try*, in which
+# it is not followed at one place. `gained` says by how much the try did better, from there on, than
+# the first rollout; `yes` what was done there. Turn that into a loss: a cross-entropy that says
+# "do it" where something was gained, and else "do not", times how much.
 #
-# **Before you run it:** two rollouts return -1 and -3. What are their advantages? Why is the mean
-# of all, the rollout itself among them, not as good?
+# **Before you run it:** thinking costs .05 nats nine times, and saves 1 nat the tenth time. Should
+# the gate say yes? Would it, if you left out "times how much"?
 
 
 # %%
-def baseline(returns, cost, rollouts):
-    """returns (B, T, S) -> (B, T, 1): the mean of the other rollouts; cost is not needed."""
+def gate_loss(logit, yes, tried, gained):
+    """Four tensors of one shape -> scalar: the mean over where `tried` is true."""
     # SOLUTION
-    groups = returns[:, :, 0].unflatten(0, (-1, rollouts))  # (B / rollouts, rollouts, T)
-    others = (groups.sum(dim=1, keepdim=True) - groups) / (rollouts - 1)
-    return others.flatten(0, 1)[:, :, None]
+    better = torch.where(gained > 0, yes, ~yes)
+    log_p = F.logsigmoid(torch.where(better, logit, -logit))
+    return -(gained.abs() * log_p * tried).sum() / tried.sum()
     # STUB
-    # # your turn: this is the mean of all, the rollout's own return among them
-    # groups = returns[:, :, 0].unflatten(0, (-1, rollouts))
-    # mean = groups.mean(dim=1, keepdim=True).expand_as(groups)
-    # return mean.flatten(0, 1)[:, :, None]
+    # # your turn: this one leaves out how much was gained
+    # better = torch.where(gained > 0, yes, ~yes)
+    # log_p = F.logsigmoid(torch.where(better, logit, -logit))
+    # return -(log_p * tried).sum() / tried.sum()
     # END
 
 
 # %%
-two = torch.tensor([-1.0, -3.0])[:, None, None]  # (2, 1, 1)
-kit.same((two - baseline(two, two, 2)).flatten(), torch.tensor([2.0, -2.0]), "your advantages")
-returns = torch.randn(8, 5, 4)
-kit.same(baseline(returns, returns, 4), train.baseline(returns, returns, 4), "your baseline")
+logit, yes = torch.randn(8, 5, 4), torch.rand(8, 5, 4) < 0.5
+gained, tried = torch.randn(8, 5, 4), torch.rand(8, 5, 4) < 0.3
+expected = train.gate_loss(logit, yes, tried, gained)
+kit.same(gate_loss(logit, yes, tried, gained), expected, "your loss")
 batch = kit.batch_of([row for row in kit.new_rows(4, 3, seed=8) for _ in range(4)], vocabulary)
-unsure = dataclasses.replace(thinking, greedy=False, explore=0.3)
-grid, out = train.rollout(gpt, batch.real, batch.length, unsure)
-everyone, config = torch.ones(16, dtype=torch.bool), train.Config(explore=0.3)
-terms = train.hybrid_loss(gpt, grid, out, batch, everyone, config, True)
-with patch.object(train, "baseline", baseline):
-    yours = train.hybrid_loss(gpt, grid, out, batch, everyone, config, True)
-kit.same(yours["gate"].detach(), terms["gate"].detach(), "the gate's loss with your baseline")
+asking, of = dataclasses.replace(thinking, force=None), torch.arange(16) // 4 * 4
+tries = train.draw_tries(batch, asking, recall=0.0)
+tries[::4] = train.NO_TRY  # the first of four goes as the gate wants
+grid, out = train.rollout(gpt, batch.real, batch.length, asking, tries=tries)
+terms = train.hybrid_loss(gpt, grid, out, batch, of, train.Config(), True)
+with patch.object(train, "gate_loss", gate_loss):
+    yours = train.hybrid_loss(gpt, grid, out, batch, of, train.Config(), True)
+kit.same(yours["gate"].detach(), terms["gate"].detach(), "the gate's term with your loss")
 
 # %% [markdown] answer
-# 2 and -2. The mean of all is -2, the advantages would be 1 and -1: a rollout's own return is part
-# of what it is compared with, so its advantage shrinks by (n - 1) / n. Here that only scales the
-# gradient; but a baseline that depends on the rollout's own return is in general biased, and the
-# leave-one-out mean never does.
+# Yes: on average a thought gains (1 - 9 * .05) / 10 = .055 nats. The loss is least where p / (1 - p)
+# is what yes gains in all over what it loses in all, 1 / .45, so the logit is positive. Without "how
+# much" only the count would matter, nine to one against thinking.
 
 # %% [markdown]
 # ## 9. Too few thoughts
@@ -555,8 +556,8 @@ assert len(long) >= 500 and len({row.index("=") for row in long}) >= 3 and guess
 # ## 12. REINFORCE in place of the echo
 # ●●●, 45 minutes with training. Instead of a gradient for each bit, reinforce the thought as a
 # whole: minus the mean, over all thoughts, of its advantage times `gpt.thoughts.log_probability`.
-# The return is what emitting later costs (`train.return_to_go`, price 0), the baseline
-# `train.baseline`.
+# The return is what emitting later costs (`train.return_to_go`, price 0), the baseline, what the
+# other rollouts of the sequence returned on average, is `reinforce.baseline`.
 #
 # **Before you run it:** a row of 5 thoughts of 8 bits gets one number from REINFORCE. How many does
 # it get through the echo? Which estimator is unbiased, and which learns sooner?
@@ -568,7 +569,7 @@ def reinforce_term(gpt, grid, out, batch, config):
     # SOLUTION
     cost = out.loss.detach() * train.counted_tokens(batch)
     returns = train.return_to_go(cost, grid, 0.0, config.horizon)
-    advantage = returns - train.baseline(returns, cost, config.rollouts)
+    advantage = returns - reinforce.baseline(returns, reinforce.ROLLOUTS)
     log_p = gpt.thoughts.log_probability(out.thoughts, grid.next_thought(gpt.config.vocab_size))
     return -train.mean(advantage * log_p, grid.thinks)
     # STUB
@@ -585,8 +586,8 @@ torch.manual_seed(0)
 batch = kit.batch_of([row for row in kit.new_rows(4, 3, seed=9) for _ in range(4)], vocabulary)
 drawn = dataclasses.replace(thinking, greedy=False, force=1.0, mode="random")  # any thought at all
 grid, out = train.rollout(gpt, batch.real, batch.length, drawn)
-config, nobody = train.Config(rollouts=4), torch.zeros(16, dtype=torch.bool)
-expected = reinforce.hybrid_loss(gpt, grid, out, batch, nobody, config, False)["thoughts"]
+config, of = train.Config(), torch.arange(16)
+expected = reinforce.hybrid_loss(gpt, grid, out, batch, of, config, False)["thoughts"]
 term = reinforce_term(gpt, grid, out, batch, config)
 kit.same(term.detach(), expected.detach(), "your term")
 

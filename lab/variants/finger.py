@@ -33,7 +33,7 @@ import model
 import train
 from model import Cells, Thinking
 from options import run
-from train import may_follow
+from train import UNFORCED, may_follow
 
 SHARE = 0.7  # of the sequences in which nothing is decided by the gate
 
@@ -81,11 +81,11 @@ class Trainer(train.Trainer):
     def draw(self) -> tuple:
         """As ever, and in the plan: where the finger is."""
         global read
-        batch, plan, teaches = super().draw()
-        read = torch.rand(teaches.shape, device=teaches.device) < SHARE
-        read &= ~teaches | (self.thinking.force is not None)
+        batch, plan, of = super().draw()
+        read = torch.rand(of.shape, device=of.device) < SHARE
+        read &= (plan["forced"] != UNFORCED).flatten(1).all(dim=1)
         size = may_follow(batch.real, self.thinking.after).int().argmax(dim=1)
-        return batch, plan | {"where": size * read}, teaches
+        return batch, plan | {"where": size * read}, of
 
 
 def main(argv: list[str]) -> None:

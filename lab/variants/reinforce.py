@@ -20,6 +20,8 @@ import model
 import train
 from options import run
 
+ROLLOUTS = 4  # of a sequence
+
 usual_loss = train.hybrid_loss
 
 
@@ -31,12 +33,20 @@ class NoEcho(model.Thoughts):
 
 class Trainer(train.Trainer):
     def draw(self) -> tuple:
-        """A batch with several rollouts of each sequence, in the warm-up, too."""
-        paid, self.paid = self.paid, True
-        batch, plan, free = super().draw()
-        self.paid, rollouts = paid, self.config.rollouts
-        own = torch.arange(len(free), device=free.device) // rollouts * rollouts
-        return batch.rows(own), {name: x[own] for name, x in plan.items()}, free
+        """A batch with ROLLOUTS of each sequence."""
+        batch, plan, of = super().draw()
+        own = torch.arange(len(of) // ROLLOUTS * ROLLOUTS, device=of.device) // ROLLOUTS * ROLLOUTS
+        return batch.rows(own), {name: x[own] for name, x in plan.items()}, of[: len(own)]
+
+
+def baseline(returns: Tensor, rollouts: int) -> Tensor:
+    """
+    What a (B, T, S) return-to-go is compared with: the mean, at the same token, of the other
+    rollouts of the sequence, which stand one after another (Kool et al. 2019, RLOO) -> (B, T, 1).
+    """
+    groups = returns[:, :, 0].unflatten(0, (-1, rollouts))  # (B / rollouts, rollouts, T)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (rollouts - 1)
+    return others.flatten(0, 1)[:, :, None]
 
 
 def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, free, config, paid):
@@ -44,7 +54,7 @@ def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, free, confi
     terms = usual_loss(gpt, grid, out, batch, free, config, paid)
     cost = out.loss.detach() * train.counted_tokens(batch)
     returns = train.return_to_go(cost, grid, 0.0, config.horizon)
-    advantage = returns - train.baseline(returns, cost, config.rollouts)
+    advantage = returns - baseline(returns, ROLLOUTS)
     number = grid.next_thought(gpt.config.vocab_size)
     log_p = gpt.thoughts.log_probability(out.thoughts, number)
     terms["thoughts"] = -train.mean(advantage * log_p, grid.thinks)
