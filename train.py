@@ -88,9 +88,7 @@ class Config:  # option(default, help, least, most)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
     forget: float = option(0.8, "share of the sequences that are cut; in the others, jumps", 0, 0.9)
     thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
-    tries: float = option(
-        0.25, "share of the sequences, once thoughts cost, that are tries", 0, 0.5
-    )
+    tries: float = option(0.25, "share of a batch that is tries, once thoughts cost", 0, 0.5)
     horizon: int = option(0, "a thought is rewarded by the loss of so many next tokens; 0: all", 0)
     # habits
     eval_every: int = option(250, "steps between validations, each with a checkpoint", 1)
@@ -677,16 +675,16 @@ class Trainer:
         size = max(1, c.batch_tokens // self.rows.longest(levels[-1]))
         n = int(c.tries * size) if self.paid else 0
         batch = self.rows.draw(size - n, levels, None, len(self.curriculum.newest)).to(device)
-        number = torch.arange(size, device=device)
-        of = torch.where(number < size - n, number, number - (size - n))
+        of = torch.arange(size, device=device) % (size - n)
         batch, gave_up = batch.rows(of), self.curriculum.gave_up
         plan = draw_plan(batch, self.thinking, c.forget * (not gave_up), of < n)
         # a window would hide what is before a jump, learned positions have no room for it
         plan["jumps"] *= not (c.window or gave_up) and self.model.position is None
         plan = {name: x[of] for name, x in plan.items()}
         if n:
-            tries = draw_tries(batch, self.thinking, c.recall * (0.5 if c.n_bits else 1.0))
-            plan["tries"] = tries.masked_fill((of == number)[:, None], NO_TRY)
+            recall = c.recall * (0.5 if c.n_bits else 1.0)
+            plan["tries"] = draw_tries(batch, self.thinking, recall)
+            plan["tries"][:-n] = NO_TRY
         return batch, plan, of
 
     def train_step(self) -> dict:

@@ -125,7 +125,7 @@ MUTANTS = {
         "trained = counted & ~grid.is_try[:, None, None]",
         "trained = counted",
     ),
-    "all sequences are tries": ("train.py", ".masked_fill((of == number)[:, None], NO_TRY)", ""),
+    "all sequences are tries": ("train.py", 'plan["tries"][:-n] = NO_TRY', "pass"),
     "nothing is tried": ("train.py", "wants, grid.tried[:, t, r] = wants ^ tried, tried", "pass"),
     "a try goes on to try": ("train.py", "tries[tried, t] = NO_TRY", "pass"),
     "the horizon is ignored": ("train.py", "if not horizon:", "if True:"),
