@@ -442,9 +442,8 @@ def hybrid_loss(model, grid, out: GridOutput, batch, of, config, paid: bool) -> 
     Cross-entropy of real tokens, what tries teach the gates, and what REVISE, the observer and
     demonstrations add -> {name: term}; the loss is their sum. of (B,): see Trainer.draw.
     """
-    counted = counted_tokens(batch)
-    trained = counted & ~grid.is_try[:, None, None]  # what is a mistake is not to be learned
-    terms = {"tokens": token_loss(out.loss, grid, trained, config.thinking_weight)}
+    counted, own = counted_tokens(batch), ~grid.is_try[:, None, None]  # a try may be a mistake
+    terms = {"tokens": token_loss(out.loss, grid, counted & own, config.thinking_weight)}
     if config.revise:
         wrong = grid.present[:, :, WRONG_SLOT]  # each weighs about as much as a token does
         share = mean(wrong.float(), grid.present[:, :, 0] & counted[:, :, 0])
@@ -460,7 +459,7 @@ def hybrid_loss(model, grid, out: GridOutput, batch, of, config, paid: bool) -> 
             here = grid.ends & grid.tried[:, :, RECALL_SLOT, None]
             terms["recall"] = gate_loss(out.recall, grid.recalls, here, gained)
     if out.readings.size(-1):
-        present = grid.emits | grid.thinks | grid.recalls
+        present = (grid.emits | grid.thinks | grid.recalls) & own
         free = gain(return_to_go(cost, grid, 0.0, config.horizon), of)
         targets = [out.loss, torch.where(grid.thinks, free, -free), -returns]
         terms["observer"] = observer_loss(out.readings, targets, [present, tried, present])

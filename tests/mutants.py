@@ -122,8 +122,8 @@ MUTANTS = {
     "a try counts whatever it changed": ("train.py", "-mean(gain.abs() * F", "-mean(1.0 * F"),
     "tries teach the network": (
         "train.py",
-        "trained = counted & ~grid.is_try[:, None, None]",
-        "trained = counted",
+        "token_loss(out.loss, grid, counted & own,",
+        "token_loss(out.loss, grid, counted,",
     ),
     "all sequences are tries": ("train.py", 'plan["tries"][:-n] = NO_TRY', "pass"),
     "nothing is tried": ("train.py", "wants, grid.tried[:, t, r] = wants ^ tried, tried", "pass"),

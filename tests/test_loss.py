@@ -535,8 +535,9 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
         for b, one in enumerate(full):
             for t, slot in one.emitting():
                 predicted, worth, cost_to_go = one.cells[t, slot].readings
-                errors["predicted"].append((predicted - one.loss(t, slot).detach()) ** 2)
-                errors["to go"].append((cost_to_go - to_go[b][t, slot]) ** 2)
+                if one in own:
+                    errors["predicted"].append((predicted - one.loss(t, slot).detach()) ** 2)
+                    errors["to go"].append((cost_to_go - to_go[b][t, slot]) ** 2)
                 if (b, t, slot) in worths:
                     errors["worth"].append((worth - worths[b, t, slot]) ** 2)
         wanted["observer"] = sum(sum(e) / len(e) for e in errors.values())
