@@ -261,7 +261,7 @@ def rollout(
             wants = wants_to_think(out, r, thinking, generator)
             tried = asked & ((tries[:, t] == r) | (tries[:, t] > r) & ~wants)
             wants, grid.tried[:, t, r] = wants ^ tried, tried
-            tries[tried, t] = NO_TRY
+            tries[:, t] = tries[:, t].masked_fill(tried, NO_TRY)
             thought, echo = choose_thought(model, h, thinking, generator), model.thoughts.echo(h)
             if forced is not None:
                 given = forced[:, t, r]
@@ -299,6 +299,11 @@ def rollout(
 JUMP = 64  # positions, at most
 
 
+def one_of(places: Tensor, chance: Tensor) -> Tensor:
+    """(B, T) bool, and a draw for each -> (B, T) bool: one of a sequence's places, if it has any."""
+    return F.one_hot(chance.masked_fill(~places, -1).argmax(dim=1), places.size(1)).bool() & places
+
+
 def draw_plan(batch: Batch, thinking: Thinking, share: float, teaches: Tensor) -> dict:
     """
     Where to think, to forget and to jump -> {"forced", "cuts", "jumps"}, for `rollout`.
@@ -325,11 +330,11 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, teaches: Tensor) -
     forced = torch.where(batch.shown[:, None, None], demonstrated, forced[:, :, None])
 
     places = thinks & (torch.arange(T, device=device) + 1 < batch.prompt[:, None])
-    chance = chance.masked_fill(~places, -1)
-    one = F.one_hot(chance.argmax(dim=1), T).bool() & places
+    one = one_of(places, chance)
     cut = torch.rand(B, 1, device=device) < share
     far = torch.randint(JUMP + 1, (B, 1), device=device)
-    cuts = torch.where(decides | is_text, chance > torch.rand(B, 1, device=device), one)
+    many = places & (chance > torch.rand(B, 1, device=device))
+    cuts = torch.where(decides | is_text, many, one)
     return {"forced": forced, "cuts": cuts & cut, "jumps": (one & ~cut & ~is_text) * far}
 
 
@@ -343,8 +348,7 @@ def draw_tries(batch: Batch, thinking: Thinking, recall: float) -> Tensor:
     looks = torch.rand(B, 1, device=device) < recall
     inside = torch.arange(T, device=device) + 1 < batch.length[:, None]
     places = inside & (looks | may_follow(batch.real, thinking.after))
-    chance = torch.rand(B, T, device=device).masked_fill(~places, -1)
-    one = F.one_hot(chance.argmax(dim=1), T).bool() & places
+    one = one_of(places, torch.rand(B, T, device=device))
     which = torch.randint(R, (B, 1), device=device).masked_fill(looks, RECALL_SLOT)
     return torch.where(one, which, NO_TRY)
 
@@ -395,14 +399,14 @@ def gain(returns: Tensor, of: Tensor) -> Tensor:
     return (returns - returns[of])[:, :, :1]
 
 
-def gate_loss(logit: Tensor, yes: Tensor, tried: Tensor, gain: Tensor) -> Tensor:
+def gate_loss(logit: Tensor, yes: Tensor, tried: Tensor, gained: Tensor) -> Tensor:
     """
     Mean, over the tries, of a cross-entropy: -log p of what was done if that gained, else of the
     other, times how much was gained or lost. So in the end a logit is positive where yes gains on
     average. Rollouts that label a classifier: Lagoudakis & Parr 2003.
     """
-    better = torch.where(gain > 0, yes, ~yes)
-    return -mean(gain.abs() * F.logsigmoid(torch.where(better, logit, -logit)), tried)
+    better = torch.where(gained > 0, yes, ~yes)
+    return -mean(gained.abs() * F.logsigmoid(torch.where(better, logit, -logit)), tried)
 
 
 def observer_loss(readings: Tensor, targets: list[Tensor], known: list[Tensor]) -> Tensor:

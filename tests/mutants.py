@@ -116,10 +116,10 @@ MUTANTS = {
     "a try is compared with itself": ("train.py", "returns - returns[of]", "returns - returns"),
     "the gate learns the contrary": (
         "train.py",
-        "torch.where(gain > 0, yes",
-        "torch.where(gain < 0, yes",
+        "torch.where(gained > 0, yes",
+        "torch.where(gained < 0, yes",
     ),
-    "a try counts whatever it changed": ("train.py", "-mean(gain.abs() * F", "-mean(1.0 * F"),
+    "a try counts whatever it changed": ("train.py", "-mean(gained.abs() * F", "-mean(1.0 * F"),
     "tries teach the network": (
         "train.py",
         "token_loss(out.loss, grid, counted & own,",
@@ -127,7 +127,11 @@ MUTANTS = {
     ),
     "all sequences are tries": ("train.py", 'plan["tries"][:-n] = NO_TRY', "pass"),
     "nothing is tried": ("train.py", "wants, grid.tried[:, t, r] = wants ^ tried, tried", "pass"),
-    "a try goes on to try": ("train.py", "tries[tried, t] = NO_TRY", "pass"),
+    "a try goes on to try": (
+        "train.py",
+        "tries[:, t] = tries[:, t].masked_fill(tried, NO_TRY)",
+        "pass",
+    ),
     "the horizon is ignored": ("train.py", "if not horizon:", "if True:"),
     "the gate decides everywhere": (
         "train.py",

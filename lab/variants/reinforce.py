@@ -49,9 +49,9 @@ def baseline(returns: Tensor, rollouts: int) -> Tensor:
     return others.flatten(0, 1)[:, :, None]
 
 
-def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, free, config, paid):
+def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, of, config, paid):
     """As train.hybrid_loss, and one more term: minus the mean of advantage times log p(thought)."""
-    terms = usual_loss(gpt, grid, out, batch, free, config, paid)
+    terms = usual_loss(gpt, grid, out, batch, of, config, paid)
     cost = out.loss.detach() * train.counted_tokens(batch)
     returns = train.return_to_go(cost, grid, 0.0, config.horizon)
     advantage = returns - baseline(returns, ROLLOUTS)
