@@ -75,7 +75,7 @@ class Config:  # option(default, help, least, most)
     window: int = option(0, "positions in view, in training and after; 0 for all", 0)
     # optimisation
     steps: int = option(3500, "optimiser steps, at most: see FALL", 1)
-    batch_tokens: int = option(1024, "real tokens a step and process, tries included", 1)
+    batch_tokens: int = option(1024, "real tokens a step and process, but for tries", 1)
     lr: float = option(1e-3, "peak learning rate", 0, 1)
     rise: int = option(100, "steps, the first, in which the learning rates rise", 1)
     gate_lr: float = option(2e-2, "peak learning rate of gates and observer", 0, 1)
@@ -88,7 +88,7 @@ class Config:  # option(default, help, least, most)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
     forget: float = option(0.8, "share of the sequences that are cut; in the others, jumps", 0, 0.9)
     thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
-    tries: float = option(0.25, "share of a batch that is tries, once thoughts cost", 0, 0.5)
+    tries: float = option(0.25, "tries beside each sequence, once thoughts cost", 0, 1)
     horizon: int = option(0, "a thought is rewarded by the loss of so many next tokens; 0: all", 0)
     # habits
     eval_every: int = option(250, "steps between validations, each with a checkpoint", 1)
@@ -116,10 +116,6 @@ class Grid(NamedTuple):
     present: Tensor  # (B, T, S) bool
     asked: Tensor  # (B, T, S) bool: whether to think on was asked here
     tried: Tensor  # (B, T, S) bool: a try: the gate was not followed here; RECALL's, in its slot
-
-    @property
-    def is_try(self) -> Tensor:  # (B,) somewhere a gate was not followed
-        return self.tried.flatten(1).any(dim=1)
 
     @property
     def thinks(self) -> Tensor:  # (B, T, S) a thought follows this cell
@@ -181,7 +177,7 @@ def empty_grid(model: GPT, real: Tensor, length: Tensor, R: int, wrong: Tensor |
 
 
 NO_THOUGHT, UNFORCED, THINK = -1, -2, -3  # in `forced`
-NO_TRY = -1  # in `tries`
+NO_TRY = -1  # in `tries`, and in `of`
 CHUNK = 512  # cells of a stream, about, that go through the network together if nothing is decided
 
 
@@ -342,12 +338,12 @@ def draw_tries(batch: Batch, thinking: Thinking, recall: float) -> Tensor:
     """
     One try a sequence -> (B, T): NO_TRY, but at one token that a thought may follow r, 0 to R - 1:
     there the gate is not followed when it is asked for thought number r, or where it stops before.
-    Or, with the probability `recall`, RECALL_SLOT, at any token.
+    Or, with the probability `recall`, RECALL_SLOT, at any token. None in demonstrations.
     """
     (B, T), device, R = batch.real.shape, batch.real.device, thinking.max_run
     looks = torch.rand(B, 1, device=device) < recall
     inside = torch.arange(T, device=device) + 1 < batch.length[:, None]
-    places = inside & (looks | may_follow(batch.real, thinking.after))
+    places = inside & (looks | may_follow(batch.real, thinking.after)) & ~batch.shown[:, None]
     one = one_of(places, torch.rand(B, T, device=device))
     which = torch.randint(R, (B, 1), device=device).masked_fill(looks, RECALL_SLOT)
     return torch.where(one, which, NO_TRY)
@@ -446,7 +442,7 @@ def hybrid_loss(model, grid, out: GridOutput, batch, of, config, paid: bool) -> 
     Cross-entropy of real tokens, what tries teach the gates, and what REVISE, the observer and
     demonstrations add -> {name: term}; the loss is their sum. of (B,): see Trainer.draw.
     """
-    counted, own = counted_tokens(batch), ~grid.is_try[:, None, None]  # a try may be a mistake
+    counted, own = counted_tokens(batch), (of == NO_TRY)[:, None, None]  # a try may be a mistake
     terms = {"tokens": token_loss(out.loss, grid, counted & own, config.thinking_weight)}
     if config.revise:
         wrong = grid.present[:, :, WRONG_SLOT]  # each weighs about as much as a token does
@@ -670,24 +666,24 @@ class Trainer:
     def draw(self) -> tuple[Batch, dict, Tensor]:
         """
         A batch of the levels in use -> batch; plan, see draw_plan; (B,) the number of the sequence
-        that each is a try of, or its own. Tries are the last n of a batch, copies of the first n,
-        with their plan; in these 2 n the gate decides. The others think after every token; but in
-        a text the gate decides there, too, so that its silence stays trained.
+        that each is a try of, or NO_TRY. Tries are the last n, copies of the first n with their
+        plan; in these 2 n the gate decides. The others think after every token; but in a text the
+        gate decides there, too, so that its silence stays trained.
         """
         c, levels, device = self.config, self.curriculum.levels, self.device
         size = max(1, c.batch_tokens // self.rows.longest(levels[-1]))
         n = int(c.tries * size) if self.paid else 0
-        batch = self.rows.draw(size - n, levels, None, len(self.curriculum.newest)).to(device)
-        of = torch.arange(size, device=device) % (size - n)
-        batch, gave_up = batch.rows(of), self.curriculum.gave_up
-        plan = draw_plan(batch, self.thinking, c.forget * (not gave_up), of < n)
+        batch = self.rows.draw(size, levels, None, len(self.curriculum.newest)).to(device)
+        number, gave_up = torch.arange(size, device=device), self.curriculum.gave_up
+        plan = draw_plan(batch, self.thinking, c.forget * (not gave_up), number < n)
         # a window would hide what is before a jump, learned positions have no room for it
         plan["jumps"] *= not (c.window or gave_up) and self.model.position is None
-        plan = {name: x[of] for name, x in plan.items()}
+        which, of = torch.cat([number, number[:n]]), F.pad(number[:n], (size, 0), value=NO_TRY)
+        batch, plan = batch.rows(which), {name: x[which] for name, x in plan.items()}
         if n:
             recall = c.recall * (0.5 if c.n_bits else 1.0)
             plan["tries"] = draw_tries(batch, self.thinking, recall)
-            plan["tries"][:-n] = NO_TRY
+            plan["tries"][:size] = NO_TRY
         return batch, plan, of
 
     def train_step(self) -> dict:
@@ -703,7 +699,7 @@ class Trainer:
             terms = hybrid_loss(self.model, grid, out, batch, of, c, self.paid)
         self.update(sum(terms.values()))
         right = answers_right(out, grid, counted_tokens(batch))
-        self.curriculum.grow(batch.level.masked_fill(grid.is_try, -1), right)  # a try is of none
+        self.curriculum.grow(batch.level.masked_fill(of != NO_TRY, -1), right)  # a try is of none
         tokens = int(grid.emits.sum())
         log = {"step": self.step, "paid": self.paid, "level": int(batch.level.max())}
         log |= {"loss": terms.pop("tokens").item()}

@@ -125,7 +125,7 @@ MUTANTS = {
         "token_loss(out.loss, grid, counted & own,",
         "token_loss(out.loss, grid, counted,",
     ),
-    "all sequences are tries": ("train.py", 'plan["tries"][:-n] = NO_TRY', "pass"),
+    "all sequences are tries": ("train.py", 'plan["tries"][:size] = NO_TRY', "pass"),
     "nothing is tried": ("train.py", "wants, grid.tried[:, t, r] = wants ^ tried, tried", "pass"),
     "a try goes on to try": (
         "train.py",
@@ -135,8 +135,8 @@ MUTANTS = {
     "the horizon is ignored": ("train.py", "if not horizon:", "if True:"),
     "the gate decides everywhere": (
         "train.py",
-        "c.forget * (not gave_up), of < n)",
-        "c.forget * (not gave_up), of >= 0)",
+        "c.forget * (not gave_up), number < n)",
+        "c.forget * (not gave_up), number >= 0)",
     ),
     "the prompt counts": (
         "train.py",
@@ -177,13 +177,17 @@ MUTANTS = {
     ),
     "gates have everybody's rate": ("model.py", "(gates, gate_lr, 0.0)", "(gates, lr, 0.0)"),
     "weights do not decay": ("model.py", "(blocks, lr, decay)", "(blocks, lr, 0.0)"),
-    "a try is of another sequence": ("train.py", "batch.rows(of), self", "batch, self"),
+    "a try is of another sequence": (
+        "train.py",
+        "batch.rows(which), {",
+        "batch.rows(which - 1), {",
+    ),
     "a try is cut elsewhere": (
         "train.py",
-        "plan = {name: x[of] for name, x in plan.items()}",
-        "pass",
+        "{name: x[which] for name, x in plan.items()}",
+        "{name: x[which - 1] for name, x in plan.items()}",
     ),
-    "a try counts as mastered": ("train.py", ".masked_fill(grid.is_try, -1)", ""),
+    "a try counts as mastered": ("train.py", ".masked_fill(of != NO_TRY, -1)", ""),
     "nothing is ever mastered": (
         "train.py",
         "if self.right > MASTERED and",

@@ -211,6 +211,8 @@ def test_a_sequence_has_one_try_at_a_token_that_a_thought_may_follow():
     tries = draw_tries(many(6), Thinking(after=torch.zeros(5).bool()), 0.5)
     near((tries == RECALL_SLOT).float().mean(dim=0), [0.5 / 7] * 7 + [0.0])
     assert ((tries == NO_TRY) | (tries == RECALL_SLOT)).all(), "no thought may follow any"
+    shown = many(6)._replace(shown=torch.ones(len(tries)).bool())
+    assert (draw_tries(shown, Thinking(), 0.5) == NO_TRY).all(), "demonstrations stay as they are"
 
 
 @pytest.mark.parametrize("wants", [0, 1, 2, 3])
@@ -230,14 +232,13 @@ def test_a_try_does_the_other_thing_at_one_place_and_what_the_gate_wants_elsewhe
     assert (runs[:, [0, 2]] == wants).all() and runs[R, 1] == wants
     assert runs[:R, 1].tolist() == [r if r < wants else wants + 1 for r in range(R)]
     assert grid.tried.nonzero().tolist() == [[r, 1, min(r, wants)] for r in range(R)]
-    assert grid.is_try.tolist() == [True, True, True, False]
 
 
 def test_a_try_is_compared_with_what_it_is_a_try_of_at_the_same_token():
     grid = grid_of([[0, 5, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 6, 2]])
     returns = on(grid, [1.0, 2.0, 3.0], [7.0, 5.0], [4.0, 9.0], [8.0, 2.0, 1.0])
-    found = gain(returns, torch.tensor([0, 1, 0, 1]))[:, :2, 0]
-    assert found.tolist() == [[0, 0], [0, 0], [3, 6], [1, -3]], "a thought's as its token's"
+    found = gain(returns, torch.tensor([NO_TRY, NO_TRY, 0, 1]))[2:, :2, 0]
+    assert found.tolist() == [[3, 6], [1, -3]], "a thought's as its token's"
 
 
 def test_the_gate_loss_by_hand():
@@ -393,7 +394,7 @@ def test_wrong_tokens_are_tried_in_the_place_of_those_of_an_answer():
 def test_a_plain_model_pays_cross_entropy_and_nothing_else(tiny):
     model, real = tiny(n_bits=0), torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]])
     grid, out = rollout(model, real, torch.tensor([4, 4]), Thinking())
-    how = batch_of(grid, 1), torch.arange(2), Config(n_bits=0), False
+    how = batch_of(grid, 1), torch.tensor([NO_TRY] * 2), Config(n_bits=0), False
     terms = hybrid_loss(model, grid, out, *how)
     logits = model(real[:, :-1]).logits
     wanted = F.cross_entropy(logits.flatten(0, 1), real[:, 1:].flatten())
@@ -483,7 +484,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
         revise=1e-12 if sizes else 0.0, horizon=horizon,
     )  # fmt: skip
     segment = segments(grid, cuts)
-    of = torch.arange(12) // 4 * 4
+    of = (torch.arange(12) // 4 * 4).where((tries != NO_TRY).any(dim=1), NO_TRY)
     found = hybrid_loss(model, grid, out, batch, of, config, True)
 
     def log_p(one, t, slot):
@@ -493,7 +494,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
 
     slow = [alone(model, grid, b, 5, segment) for b in range(12)]
     full = [ByHand(model, grid, b, batch, cells) for b, cells in enumerate(slow)]
-    own = [one for b, one in enumerate(full) if (tries[b] == NO_TRY).all()]
+    own = [one for b, one in enumerate(full) if of[b] == NO_TRY]
     wanted = {"tokens": average(pair for one in own for pair in one.charged(weight))}
     gate, recall, worths = [], [], {}
     to_go = [one.to_go(price, horizon) for one in full]
@@ -557,12 +558,11 @@ def test_in_the_warm_up_thoughts_are_free_and_the_gate_is_left_alone(tiny):
     tries = torch.full((8, 6), NO_TRY)
     tries[1, 1] = tries[6, 2] = 0
     grid, out = rollout(model, real, length, Thinking(), seeded(0), tries=tries)
-    losses = {}
+    of, losses = torch.tensor([NO_TRY, 0, NO_TRY, NO_TRY, NO_TRY, NO_TRY, 4, NO_TRY]), {}
     for price in (0.0, 5.0):
         config = Config(n_bits=D_BITS, observer="0,1", think_cost=price)
         for paid in (False, True):
-            how = batch_of(grid, 4), torch.arange(8) // 4 * 4, config, paid
-            terms = hybrid_loss(model, grid, out, *how)
+            terms = hybrid_loss(model, grid, out, batch_of(grid, 4), of, config, paid)
             losses[price, paid] = {name: term.item() for name, term in terms.items()}
     assert losses[0.0, False] == losses[5.0, False] and "gate" not in losses[5.0, False]
     assert losses[0.0, True]["gate"] != losses[5.0, True]["gate"]

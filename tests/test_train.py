@@ -17,7 +17,7 @@ import train
 from data.dataset import DataError, write_rows
 from model import GPT, Thinking, generate
 from runs import same
-from train import CLIP, FALL, Config, Trainer, evaluate, hybrid_loss, rollout, schedule
+from train import CLIP, FALL, NO_TRY, Config, Trainer, evaluate, hybrid_loss, rollout, schedule
 
 WATCHED = {"observer": "0"}
 PLAIN, NOISY = {"n_bits": 0}, {"dropout": 0.1}
@@ -101,8 +101,8 @@ def test_tries_teach_the_gates_and_nothing_else(chains, tmp_path):
         trainer.model.gate.out.bias.fill_(-100.0)
     batch, plan, of = trainer.draw()
     grid, out = rollout(trainer.model, batch.real, batch.length, trainer.thinking, **plan)
-    is_try, thoughts = of != torch.arange(len(of)), grid.thinks.flatten(1).sum(dim=1)
-    assert torch.equal(grid.is_try, is_try) and (thoughts[is_try] == 1).all()
+    is_try, thoughts = of != NO_TRY, grid.thinks.flatten(1).sum(dim=1)
+    assert torch.equal(grid.tried.flatten(1).any(dim=1), is_try) and (thoughts[is_try] == 1).all()
     assert not thoughts[of[is_try]].any()
     how = batch, of, trainer.config, True
     before = hybrid_loss(trainer.model, grid, out, *how)
@@ -120,7 +120,8 @@ def test_thoughts_are_forced_but_where_the_gate_decides(chains, tmp_path, monkey
         return seen["grid"], out
 
     def add_up(model, grid, out, batch, of, *others):
-        seen["decides"] = of < (of != torch.arange(len(of))).sum()
+        seen["tries"] = is_try = of != NO_TRY
+        seen["decides"] = is_try | (torch.arange(len(of)) < is_try.sum())
         return train_loss(model, grid, out, batch, of, *others)
 
     monkeypatch.setattr(train, "rollout", walk)
@@ -136,7 +137,7 @@ def test_thoughts_are_forced_but_where_the_gate_decides(chains, tmp_path, monkey
         trainer.model.gate.out.bias.fill_(-100.0)
     trainer.train_step()
     grid, decides = seen["grid"], seen["decides"]
-    assert decides.sum() > 20 and not grid.thinks[decides & ~grid.is_try].any()
+    assert decides.sum() > 20 and not grid.thinks[decides & ~seen["tries"]].any()
     forced = ~decides
     assert torch.equal(grid.thinks[forced][:, :, 0], grid.present[forced][:, :, 0])
 
@@ -349,7 +350,7 @@ BAD = {
     "--lr=nan": "lr = 'nan' is not",
     "--lr=2": "lr = 2 is not allowed: 0 to 1",
     "--max_run=1000": "max_run = 1000 is not allowed: 1 to 64",
-    "--tries=0.6": "tries = 0.6 is not allowed: 0 to 0.5",
+    "--tries=1.5": "tries = 1.5 is not allowed: 0 to 1",
     "--batch_tokens=-5": "batch_tokens = -5 is not allowed: at least 1",
     "--window=1": "window = 1 shows a cell only itself",
     "--seed=99999999999999999999": "is not allowed: 0 to 4294967296",

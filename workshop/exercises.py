@@ -413,7 +413,7 @@ kit.same(gate_loss(logit, yes, tried, gained), expected, "your loss")
 batch = kit.batch_of([row for row in kit.new_rows(4, 3, seed=8) for _ in range(4)], vocabulary)
 asking, of = dataclasses.replace(thinking, force=None), torch.arange(16) // 4 * 4
 tries = train.draw_tries(batch, asking, recall=0.0)
-tries[::4] = train.NO_TRY  # the first of four goes as the gate wants
+tries[::4] = of[::4] = train.NO_TRY  # the first of four goes as the gate wants
 grid, out = train.rollout(gpt, batch.real, batch.length, asking, tries=tries)
 terms = train.hybrid_loss(gpt, grid, out, batch, of, train.Config(), True)
 with patch.object(train, "gate_loss", gate_loss):
@@ -586,7 +586,7 @@ torch.manual_seed(0)
 batch = kit.batch_of([row for row in kit.new_rows(4, 3, seed=9) for _ in range(4)], vocabulary)
 drawn = dataclasses.replace(thinking, greedy=False, force=1.0, mode="random")  # any thought at all
 grid, out = train.rollout(gpt, batch.real, batch.length, drawn)
-config, of = train.Config(), torch.arange(16)
+config, of = train.Config(), torch.full((16,), train.NO_TRY)
 expected = reinforce.hybrid_loss(gpt, grid, out, batch, of, config, False)["thoughts"]
 term = reinforce_term(gpt, grid, out, batch, config)
 kit.same(term.detach(), expected.detach(), "your term")
