@@ -69,6 +69,7 @@ class Config:  # option(default, help, least, most)
     n_head: int = option(4, "attention heads", 1)
     n_embd: int = option(64, "width", 1, 4096)
     dropout: float = option(0.0, "dropout in training", 0, 0.99)
+    turn: float = option(1.0, "radians a position, of the shortest rotary wave", 0.01, 3.14)
     observer: str = option("", "layers below the last that it watches, e.g. 0,1, or quarters")
     recall: bool = option(False, "RECALL, a cell that sees past the window")
     revise: float = option(0.0, "share of tokens tried with a wrong one, to teach REVISE", 0, 1)
@@ -86,7 +87,7 @@ class Config:  # option(default, help, least, most)
     force_think_prob: float = option(1.0, "in the warm-up, of max_run thoughts; of RECALL", 0, 1)
     warm_up: float = option(0.8, "share of the steps, at most, before thoughts cost", 0, 1)
     think_cost: float = option(0.05, "price of a thought, or of a RECALL, in nats", 0)
-    forget: float = option(0.8, "share of the sequences that are cut; in the others, jumps", 0, 0.9)
+    forget: float = option(0.8, "share of sequences cut; the others jump. 0: none does", 0, 0.9)
     thinking_weight: float = option(1.0, "weight of token losses of cells that go on to think", 0)
     tries: float = option(0.25, "tries beside each sequence, once thoughts cost", 0, 1)
     horizon: int = option(0, "a thought is rewarded by the loss of so many next tokens; 0: all", 0)
@@ -312,7 +313,7 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, teaches: Tensor) -
     gate decides, or in a text, it is cut at each of these tokens with a probability drawn for the
     sequence: cut once, a long one would hardly ever need the thought at one place.
     Jump: in the others, at one of these tokens, by up to JUMP positions, to practise longer
-    distances than the data have. A text does not jump.
+    distances than the data have. A text does not jump, and nothing does without a share.
     """
     (B, T), device, R = batch.real.shape, batch.real.device, thinking.max_run
     chance = torch.rand(B, T, device=device)  # one draw a token: to think, to be one, to be a cut
@@ -331,7 +332,8 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, teaches: Tensor) -
     far = torch.randint(JUMP + 1, (B, 1), device=device)
     many = places & (chance > torch.rand(B, 1, device=device))
     cuts = torch.where(decides | is_text, many, one)
-    return {"forced": forced, "cuts": cuts & cut, "jumps": (one & ~cut & ~is_text) * far}
+    jumps = (one & ~cut & ~is_text) * far * (share > 0)
+    return {"forced": forced, "cuts": cuts & cut, "jumps": jumps}
 
 
 def draw_tries(batch: Batch, thinking: Thinking, recall: float) -> Tensor:
@@ -677,7 +679,7 @@ class Trainer:
         number, gave_up = torch.arange(size, device=device), self.curriculum.gave_up
         plan = draw_plan(batch, self.thinking, c.forget * (not gave_up), number < n)
         # a window would hide what is before a jump, learned positions have no room for it
-        plan["jumps"] *= not (c.window or gave_up) and self.model.position is None
+        plan["jumps"] *= not c.window and self.model.position is None
         which, of = torch.cat([number, number[:n]]), F.pad(number[:n], (size, 0), value=NO_TRY)
         batch, plan = batch.rows(which), {name: x[which] for name, x in plan.items()}
         if n:

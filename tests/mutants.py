@@ -100,7 +100,7 @@ MUTANTS = {
     ),
     "nothing jumps": ("train.py", "count = count + jumps[:, t, None]", "pass"),
     "a text jumps": ("train.py", "one & ~cut & ~is_text", "one & ~cut"),
-    "a window jumps": ("train.py", "not (c.window or gave_up)", "not gave_up"),
+    "a window jumps": ("train.py", "not c.window and self", "self"),
     # the hybrid loss
     "thinking cells are not charged": (
         "train.py",
@@ -163,7 +163,8 @@ MUTANTS = {
     # the loop
     "patience has no end": ("train.py", "self.waited > PATIENCE * steps or ", ""),
     "what is given up is cut": ("train.py", "c.forget * (not gave_up)", "c.forget"),
-    "what is given up jumps": ("train.py", "not (c.window or gave_up)", "not c.window"),
+    "what is given up jumps": ("train.py", "* far * (share > 0)", "* far"),
+    "all rotary waves are alike": ("model.py", "config.turn * ROPE_BASE", "ROPE_BASE"),
     "the learning rate never falls": (
         "train.py",
         "0.5 * (1 - math.cos(math.pi * min(1, rest / FALL)))",
