@@ -108,6 +108,10 @@ def test_what_is_learned_is_right_without_a_finger(monkeypatch):
     level, right = torch.ones(4, dtype=torch.long), torch.tensor([True, True, False, False])
     monkeypatch.setattr(finger, "read", right)
     curriculum.grow(level, right)
+    assert 0 < curriculum.right < 0.5
+    curriculum.stage = 1  # all levels are mastered
+    curriculum.right = 0.0
+    curriculum.grow(level, right)
     assert curriculum.right == 0
     curriculum.grow(level, ~right)
     assert curriculum.right > 0

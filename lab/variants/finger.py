@@ -1,7 +1,7 @@
 """
 Variant: how to think in a row is learned. All thoughts come behind the question, or behind each of
-its parts, and in training half of the sequences are read with a finger, which moves on by a token
-with every thought.
+its parts, and in training most sequences are read with a finger, which moves on by a token with
+every thought.
 
   python data/arithmetic/prepare.py --width=16 --think_after== --out=out/data/silent
   python lab/variants/finger.py config/silent.toml --data=out/data/silent
@@ -14,8 +14,8 @@ heart, in one look; its thoughts carry the answer, not the work, and longer ques
 reach. Where the finger is used, thought number r sees of its part the tokens r and r + 1 only, and
 the part's last token, behind which it begins (r = 0), sees 0 and 1: whoever wants to know what was
 read before must think it. Token 0 of a later part is the last thought of the part before. Where the
-gate decides, and after training, there is no finger; and only what is right without it counts as
-mastered.
+gate decides, and after training, there is no finger; and once all levels are in use and mastered,
+only what is right without it counts as learned.
 
 It adds to model.visible. Parts must have one length (prepare.py's --width), so that token r is
 always equally far from thought r. What it shows is in docs/where.md. Arguments are train.py's.
@@ -35,7 +35,7 @@ from model import Cells, Thinking
 from options import run
 from train import UNFORCED, may_follow
 
-SHARE = 0.5  # of the sequences in which nothing is decided by the gate
+SHARE = 0.7  # of the sequences in which nothing is decided by the gate
 
 usual_visible, usual_rollout = model.visible, train.rollout
 finger = None  # (B,) tokens of a part where it is read so, else 0; and thoughts in a run
@@ -66,8 +66,9 @@ def rollout(model, real, length, thinking, *others, where: Tensor | None = None,
 
 class Curriculum(train.Curriculum):
     def grow(self, level: Tensor, right: Tensor) -> None:
-        """As ever, but by the sequences without a finger only."""
-        super().grow(level[~read], right[~read])
+        """As ever; but once all levels are mastered, by the sequences without a finger only."""
+        counted = ~read if self.learned else torch.ones_like(read)
+        super().grow(level[counted], right[counted])
 
 
 class Trainer(train.Trainer):
