@@ -171,6 +171,7 @@ MUTANTS = {
         "1.0",
     ),
     "the learning rate never rises": ("train.py", "min(1, (step + 1) / rise) * ", ""),
+    "gates are clipped with the rest": ("train.py", '"gate." in name or ".obs', '".obs'),
     "the gradient is not clipped": (
         "train.py",
         "clip_grad_norm_(some, CLIP)",

@@ -73,24 +73,27 @@ def test_a_step_has_the_learning_rate_of_the_schedule(chains, tmp_path):
         assert rates == pytest.approx([rate, rate, 7 * rate, rate])
 
 
-def test_gradients_are_clipped_and_the_observers_apart_from_the_others(chains, tmp_path):
+def test_gradients_are_clipped_and_those_of_gates_and_observer_apart(chains, tmp_path):
     """What one has too much of must not shrink the other."""
 
-    def norms(scale_of_observer, scale_of_rest):
+    def norms(scale_of_gates, scale_of_rest):
         trainer = Trainer(small(chains, tmp_path, **WATCHED))
         named = list(trainer.model.named_parameters())
-        sides = [[p for n, p in named if (".observer." in n) == side] for side in (True, False)]
-        scales = scale_of_observer, scale_of_rest
+        decides = ["gate." in name or ".observer." in name for name, _ in named]
+        sides = [
+            [p for (_, p), is_one in zip(named, decides) if is_one == s] for s in (True, False)
+        ]
+        scales = scale_of_gates, scale_of_rest
         trainer.update(sum(k * sum(p.sum() for p in some) for k, some in zip(scales, sides)))
         sizes = [math.sqrt(sum(p.numel() for p in some)) for some in sides]
         return [torch.cat([p.grad.flatten() for p in s]).norm().item() for s in sides], sizes
 
-    (observer, rest), sizes = norms(100.0, 1e-3)
-    assert observer == pytest.approx(CLIP, rel=1e-4)
+    (gates, rest), sizes = norms(100.0, 1e-3)
+    assert gates == pytest.approx(CLIP, rel=1e-4)
     assert rest == pytest.approx(1e-3 * sizes[1], rel=1e-4), "small enough as it is"
-    (observer, rest), sizes = norms(1e-3, 100.0)
+    (gates, rest), sizes = norms(1e-3, 100.0)
     assert rest == pytest.approx(CLIP, rel=1e-4)
-    assert observer == pytest.approx(1e-3 * sizes[0], rel=1e-4)
+    assert gates == pytest.approx(1e-3 * sizes[0], rel=1e-4)
 
 
 def test_tries_teach_the_gates_and_nothing_else(chains, tmp_path):
