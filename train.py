@@ -297,7 +297,7 @@ JUMP = 64  # positions, at most
 
 
 def one_of(places: Tensor, chance: Tensor) -> Tensor:
-    """(B, T) bool, and a draw for each -> (B, T) bool: one of a sequence's places, if it has any."""
+    """(B, T) bool, and a draw for each -> (B, T) bool: one of a sequence's places, if any."""
     return F.one_hot(chance.masked_fill(~places, -1).argmax(dim=1), places.size(1)).bool() & places
 
 
