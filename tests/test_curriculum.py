@@ -225,6 +225,15 @@ def test_a_step_draws_what_the_curriculum_says_and_tells_it_what_was_right(train
     assert torch.equal(heard[0][1], right) and 0 < right.sum() < len(right)
 
 
+def test_a_try_counts_for_no_level(trainer, monkeypatch):
+    heard = []
+    monkeypatch.setattr(Curriculum, "grow", lambda _, level, right: heard.append(level))
+    trainer.paid = True
+    trainer.train_step()
+    n = len(heard[0]) // 5  # a try beside one sequence in four
+    assert (heard[0][:-n] > 0).all() and (heard[0][-n:] == -1).all()
+
+
 def test_a_try_is_of_a_sequence_cut_at_the_same_places_in_which_the_gate_decides(trainer):
     trainer.curriculum.stage = 3  # all levels are in use
     before, plan, of = trainer.draw()
