@@ -654,9 +654,9 @@ class Trainer:
         self.model = runs.first_model(config, self.vocabulary).to(self.device)
         self.network = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimisers = self.model.optimisers(config.lr, config.gate_lr, config.weight_decay)
-        self.clipped = [], []  # all else, gates and observer: one must not shrink the other
+        self.clipped = [], []  # all else, and what decides: one must not shrink the other
         for name, p in self.model.named_parameters():
-            self.clipped["gate." in name or ".observer." in name].append(p)
+            self.clipped[GPT.learns_apart(name)].append(p)
         grows = config.curriculum and not self.vocabulary.is_text  # which has no answers to master
         self.curriculum = Curriculum(self.rows.count, grows)
         self.step, self.seconds, self.paid = 0, 0.0, False

@@ -171,7 +171,11 @@ MUTANTS = {
         "1.0",
     ),
     "the learning rate never rises": ("train.py", "min(1, (step + 1) / rise) * ", ""),
-    "gates are clipped with the rest": ("train.py", '"gate." in name or ".obs', '".obs'),
+    "gates are clipped with the rest": (
+        "train.py",
+        "self.clipped[GPT.learns_apart(name)]",
+        'self.clipped[".observer." in name]',
+    ),
     "the gradient is not clipped": (
         "train.py",
         "clip_grad_norm_(some, CLIP)",
