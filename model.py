@@ -43,7 +43,7 @@ from torch import Tensor
 # ----------------------------------------------------------------------------------------------
 # configuration and visibility
 
-ROPE_BASE = 100.0  # the longest rotary wave is nearly so many of the shortest; streams are short
+ROPE_BASE = 100.0  # rotary wavelengths: 2 pi to nearly 2 pi * ROPE_BASE cells; streams are short
 GATE_INIT = 0.6  # a new gate thinks, or nobody would see what thoughts are worth; but is not sure
 READINGS = ("predicted_loss", "value_of_thinking", "cost_to_go")  # of the observer, in nats
 
@@ -56,7 +56,6 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 64
     dropout: float = 0.0
-    turn: float = 1.0  # radians a position, of the shortest rotary wave
     n_positions: int = 0  # 0: rotary; else GPT-2's way: as many learned positions, and tanh GELU
     observer: str = ""  # layers below the last that are watched, e.g. "0,1", or "quarters"
     recall: bool = False
@@ -318,7 +317,7 @@ class GPT(nn.Module):
         self.gate = Gate(D + observed * hs, GATE_INIT) if config.n_bits else None
         self.recall_gate = Gate(D + observed * hs, 0.5) if config.recall else None
         self.drop = nn.Dropout(config.dropout)
-        frequency = config.turn * ROPE_BASE ** -torch.linspace(0, 1, hs // 2 + 1)[:-1]
+        frequency = ROPE_BASE ** -torch.linspace(0, 1, hs // 2 + 1)[:-1]
         if config.n_positions:
             frequency = 0 * frequency  # learned positions instead: nothing is turned
         self.register_buffer("frequency", frequency, persistent=False)  # (hs / 2,) radians a cell

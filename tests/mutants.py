@@ -164,7 +164,6 @@ MUTANTS = {
     "patience has no end": ("train.py", "self.waited > PATIENCE * steps or ", ""),
     "what is given up is cut": ("train.py", "c.forget * (not gave_up)", "c.forget"),
     "what is given up jumps": ("train.py", "* far * (share > 0)", "* far"),
-    "all rotary waves are alike": ("model.py", "config.turn * ROPE_BASE", "ROPE_BASE"),
     "the learning rate never falls": (
         "train.py",
         "0.5 * (1 - math.cos(math.pi * min(1, rest / FALL)))",

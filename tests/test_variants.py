@@ -89,52 +89,62 @@ def test_reinforce_has_rollouts_to_compare(chains, tmp_path):
     assert not trainer.paid and (real.view(-1, 4, real.size(1)) == real[::4, None]).all()
 
 
-def test_a_finger_shows_two_tokens_of_its_part_to_each_thought(monkeypatch):
+def test_a_finger_dims_all_but_two_tokens_of_its_part(monkeypatch):
     """
     Tokens 0, 1, 2, then ; at 3, thoughts at 4 and 5, tokens 6 and 7, then = at 8, and thoughts at 9
-    and 10. The second sequence has no finger.
+    and 10. In the second sequence it does not press.
     """
-    monkeypatch.setattr(finger, "finger", (torch.tensor([3, 0]), 2))
+    monkeypatch.setattr(finger, "finger", (3, 2, torch.tensor([7.0, 0.0])[:, None, None]))
     cells = Cells(torch.arange(11).expand(2, 11), seen=torch.ones(2, 11, dtype=torch.bool))
-    seen = finger.visible(cells, cells)
-    expected = {2: [0, 1, 2], 3: [0, 1, 3], 4: [1, 2, 3, 4], 5: [2, 3, 4, 5]}
-    expected |= {8: [5, 6, 8], 9: [6, 7, 8, 9], 10: [7, 8, 9, 10]}
-    assert {cell: seen[0, cell].nonzero()[:, 0].tolist() for cell in expected} == expected
-    assert seen[1].tolist() == torch.ones(11, 11).tril().bool().tolist()
+    added = finger.visible(cells, cells)
+    pointed_at = {2: [0, 1, 2], 3: [0, 1, 3], 4: [1, 2, 3, 4], 5: [2, 3, 4, 5]}
+    pointed_at |= {8: [5, 6, 8], 9: [6, 7, 8, 9], 10: [7, 8, 9, 10]}
+    for cell, at in pointed_at.items():
+        assert (added[0, cell] == 0).nonzero()[:, 0].tolist() == at
+        assert (added[0, cell] == -7).sum() == cell + 1 - len(at)
+    assert torch.equal(added[1] == 0, torch.ones(11, 11).tril().bool())
+    assert torch.equal(added.isinf(), torch.ones(2, 11, 11).triu(1).bool()), "what comes later"
 
 
-def test_what_is_learned_is_right_without_a_finger(monkeypatch):
-    curriculum = finger.Curriculum({1: 100})
-    level, right = torch.ones(4, dtype=torch.long), torch.tensor([True, True, False, False])
-    monkeypatch.setattr(finger, "read", right)
+def test_a_finger_is_lifted_while_all_is_mastered_and_nothing_is_learned_before_it_is_gone():
+    curriculum, level, right = finger.Curriculum({1: 100}), torch.ones(4).long(), torch.ones(4) > 0
+    curriculum.right = 1.0
     curriculum.grow(level, right)
-    assert 0 < curriculum.right < 0.5
-    curriculum.stage = 1  # all levels are mastered
-    curriculum.right = 0.0
+    assert curriculum.learned and curriculum.press == finger.PRESS, "mastered only now"
+    curriculum.right = 1.0
     curriculum.grow(level, right)
-    assert curriculum.right == 0
+    assert curriculum.press == finger.PRESS * finger.LIFT
+    curriculum.move_on(1, 100)
+    assert curriculum.learned_at is None
     curriculum.grow(level, ~right)
-    assert curriculum.right > 0
+    assert curriculum.press == finger.PRESS * finger.LIFT, "it waits"
+    curriculum.press, curriculum.right = finger.GONE, 1.0
+    curriculum.grow(level, right)
+    curriculum.move_on(2, 100)
+    assert curriculum.learned_at == 2
 
 
 @pytest.mark.parametrize("paid", [False, True])
 def test_no_finger_where_the_gate_decides(paid, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "visible", finger.visible)
+    monkeypatch.setattr(train, "Curriculum", finger.Curriculum)
     data = tmp_path / "data"
     prepare_arithmetic(["--width=4", "--levels=2", "--think_after==", f"--out={data}"])
     trainer = finger.Trainer(small(data, tmp_path, max_run=3, batch_tokens=800))
     trainer.paid = paid
     batch, plan, of = trainer.draw()
-    assert set(plan["where"].tolist()) == {0, 5}
-    tried = of[of != train.NO_TRY]
-    assert len(tried) == (len(of) // 5 if paid else 0) and not plan["where"][tried].any()
-    rolled = {k: x for k, x in plan.items() if k != "where"}
+    press, tried = plan.pop("press"), of[of != train.NO_TRY]
+    assert len(tried) == (len(of) // 5 if paid else 0) and not press[tried].any()
+    assert (press > 0).sum() == len(of) - 2 * len(tried) and press.min() < 1 < 40 < press.max()
+    assert (batch.level[press > finger.PRESS] > 0).all(), "what is pressed hard counts"
+    assert (batch.level[(0 < press) & (press < finger.PRESS / 2)] == -1).all()
+    trainer.model.eval()
     read, free = (
         finger.rollout(trainer.model, batch.real, batch.length, trainer.thinking, seeded(0), **how)
-        for how in (plan, rolled)
+        for how in (plan | {"press": press}, plan)
     )
-    same = (read[1].loss == free[1].loss).flatten(1).all(dim=1)
-    assert same[plan["where"] == 0].all() and not same[plan["where"] > 0].any()
+    off = (read[1].loss - free[1].loss).abs().flatten(1).amax(dim=1)
+    assert (off[press == 0] < 1e-5).all() and (off[press > finger.PRESS] > 1e-5).all()
 
 
 def test_a_gru_learns_parity(parity, tmp_path):

@@ -1,7 +1,6 @@
 """
 Variant: how to think in a row is learned. All thoughts come behind the question, or behind each of
-its parts, and in training most sequences are read with a finger, which moves on by a token with
-every thought.
+its parts, and in training it is read with a finger, which moves on by a token with every thought.
 
   python data/arithmetic/prepare.py --width=16 --think_after== --out=out/data/silent
   python lab/variants/finger.py config/silent.toml --data=out/data/silent
@@ -9,13 +8,16 @@ every thought.
     --out=out/data/parts
   python lab/variants/finger.py config/parts.toml --data=out/data/parts
 
-Behind a question all of it is in view at once. A model of one layer then learns short questions by
-heart, in one look; its thoughts carry the answer, not the work, and longer questions are out of
-reach. Where the finger is used, thought number r sees of its part the tokens r and r + 1 only, and
-the part's last token, behind which it begins (r = 0), sees 0 and 1: whoever wants to know what was
-read before must think it. Token 0 of a later part is the last thought of the part before. Where the
-gate decides, and after training, there is no finger; and once all levels are in use and mastered,
-only what is right without it counts as learned.
+Behind a question all of it is in view at once. A model then learns short questions by heart, in one
+look; its thoughts carry the answer, not the work, and longer questions are out of reach. The finger
+points, for thought number r, at the tokens r and r + 1 of its part, and for the part's last token,
+behind which it begins (r = 0), at 0 and 1: whoever wants to know what was read before must think
+it. Token 0 of a later part is the last thought of the part before. All else is fainter: attention's
+logits are lowered by as much as is drawn for the sequence, hardly at all or beyond recognition. So
+what is learned with the finger is never far from what is needed without. A level is mastered once
+the half of the sequences where the finger presses hardest is right. Once all are, it is lifted
+little by little, for as long as they stay so, and nothing is learned before it is gone. Where the
+gate decides, and after training, there is none.
 
 It adds to model.visible. Parts must have one length (prepare.py's --width), so that token r is
 always equally far from thought r. What it shows is in docs/where.md. Arguments are train.py's.
@@ -35,29 +37,31 @@ from model import Cells, Thinking
 from options import run
 from train import UNFORCED, may_follow
 
-SHARE = 0.7  # of the sequences in which nothing is decided by the gate
+PRESS = 16.0  # by how much it lowers logits, at first: the median of what is drawn
+LIFT = 0.99  # what is left of that after a step in which all levels are mastered
+GONE = 0.01
 
 usual_visible, usual_rollout = model.visible, train.rollout
-finger = None  # (B,) tokens of a part where it is read so, else 0; and thoughts in a run
-read = None  # (B,) bool: sequences of this step that are read so
+finger = None  # tokens of a part; thoughts in a run; (B, 1, 1) by how much it lowers logits
 
 
 def visible(query: Cells, key: Cells, window: int = 0) -> Tensor | None:
-    """As model.visible; and in a sequence with a finger, a thought sees two tokens of its part."""
+    """As model.visible; with a finger (B, n_query, n_key) to add to the attention's logits."""
     mask = usual_visible(query, key, window)
     if finger is None:
         return mask
-    (size, R), here, at = finger, query.position[:, :, None], key.position[:, None, :]
-    size = size[:, None, None]
+    (size, R, press), here, at = finger, query.position[:, :, None], key.position[:, None, :]
     r = (here - size) % (size + R)  # (B, n_query, 1) cells since a part's last token
     near = (at == here - size) | (at == here - size + 1) | (at >= here - r)
-    return mask & (near | (size == 0))
+    return torch.where(near, 0.0, -press).masked_fill(~mask, -torch.inf)
 
 
-def rollout(model, real, length, thinking, *others, where: Tensor | None = None, **options):
-    """As train.rollout. where: (B,) see `finger`."""
+def rollout(model, real, length, thinking, *others, press: Tensor | None = None, **options):
+    """As train.rollout. press: (B,) by how much the finger lowers logits."""
     global finger
-    finger = None if where is None else (where, thinking.max_run)
+    if press is not None:
+        size = int(may_follow(real[0], thinking.after).int().argmax())
+        finger = size, thinking.max_run, press[:, None, None]
     try:
         return usual_rollout(model, real, length, thinking, *others, **options)
     finally:
@@ -65,10 +69,14 @@ def rollout(model, real, length, thinking, *others, where: Tensor | None = None,
 
 
 class Curriculum(train.Curriculum):
+    press = PRESS
+
     def grow(self, level: Tensor, right: Tensor) -> None:
-        """As ever; but once all levels are mastered, by the sequences without a finger only."""
-        counted = ~read if self.learned else torch.ones_like(read)
-        super().grow(level[counted], right[counted])
+        super().grow(level, right)
+        if self.learned and self.right > train.MASTERED:
+            self.press *= LIFT
+        if self.press > GONE:
+            self.right = min(self.right, train.LEARNED)
 
 
 class Trainer(train.Trainer):
@@ -79,13 +87,13 @@ class Trainer(train.Trainer):
         return usual if self.paid else replace(usual, max_run=min(usual.max_run, most))
 
     def draw(self) -> tuple:
-        """As ever, and in the plan: where the finger is."""
-        global read
+        """As ever, and in the plan how hard the finger presses; what counts for no level is -1."""
         batch, plan, of = super().draw()
-        read = torch.rand(of.shape, device=of.device) < SHARE
-        read &= (plan["forced"] != UNFORCED).flatten(1).all(dim=1)
-        size = may_follow(batch.real, self.thinking.after).int().argmax(dim=1)
-        return batch, plan | {"where": size * read}, of
+        u = torch.rand(of.shape, device=of.device)
+        press = self.curriculum.press * u / (1 - u)
+        press *= (plan["forced"] != UNFORCED).flatten(1).all(dim=1)
+        level = batch.level.masked_fill(u < 0.5, -1)
+        return batch._replace(level=level), plan | {"press": press}, of
 
 
 def main(argv: list[str]) -> None:
