@@ -113,9 +113,9 @@ LOOKS = {
 DEPTHS = {"": "", "_two_layers": " --n_layer=2"}
 SILENT = {
     "finger": "lab/variants/finger.py config/silent.toml",
-    "no_finger": "train.py config/silent.toml",
-    "pause": "lab/variants/pause.py config/silent.toml",
-    "plain": "train.py config/silent.toml --n_bits=0",
+    "no_finger": "train.py config/silent.toml --steps=5000",  # more than it takes with a finger
+    "pause": "lab/variants/pause.py config/silent.toml --steps=5000",
+    "plain": "train.py config/silent.toml --n_bits=0 --steps=5000",
 }
 PRIMER = "config/chain.toml --n_embd=128 --weight_decay=0.5"
 MIXED = "config/mixed.toml --init_from="

@@ -380,7 +380,7 @@ assert not kit.LEARNS or told["with cuts"] > told["without"] + 0.3
 
 # %% [markdown]
 # ## 8. Teach the gate
-# ●●○, 12 minutes. Each choice of the gate is yes or no: think on, or emit. To know what a choice was
+# ●●○, 12 minutes. Each choice of the gate is yes or no: think on, or emit. To know what it was
 # worth, a sequence is rolled out several times: first as the gate wants, then as a *try*, in which
 # it is not followed at one place. `gained` says by how much the try did better, from there on, than
 # the first rollout; `yes` what was done there. Turn that into a loss: a cross-entropy that says
@@ -421,9 +421,9 @@ with patch.object(train, "gate_loss", gate_loss):
 kit.same(yours["gate"].detach(), terms["gate"].detach(), "the gate's term with your loss")
 
 # %% [markdown] answer
-# Yes: on average a thought gains (1 - 9 * .05) / 10 = .055 nats. The loss is least where p / (1 - p)
-# is what yes gains in all over what it loses in all, 1 / .45, so the logit is positive. Without "how
-# much" only the count would matter, nine to one against thinking.
+# Yes: on average a thought gains (1 - 9 * .05) / 10 = .055 nats. The loss is least where
+# p / (1 - p) is what yes gains in all over what it loses in all, 1 / .45, so the logit is positive.
+# Without "how much" only the count would matter, nine to one against thinking.
 
 # %% [markdown]
 # ## 9. Too few thoughts
