@@ -422,7 +422,9 @@ class GPT(nn.Module):
             (gates if self.learns_apart(name) else matrix if p in is_matrix else rest).append(p)
         kinds = (blocks, lr, decay), (matrices, lr, decay), (gates, gate_lr, 0.0), (rest, lr, 0.0)
         first, *others = [
-            {"params": some, "peak_lr": peak, "weight_decay": d} for some, peak, d in kinds if some
+            {"params": some, "peak_lr": peak, "weight_decay": d, "apart": some is gates}
+            for some, peak, d in kinds
+            if some
         ]
         muon = torch.optim.Muon([first], lr=lr, adjust_lr_fn="match_rms_adamw")
         return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95))]

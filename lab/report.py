@@ -184,7 +184,7 @@ def make_report(config: ReportConfig) -> dict:
         "level": meta["level"],
         "trained_levels": splits[0].levels,
         "learned_levels": state["mastered"],
-        "thoughts_cost": progress["paid"],
+        "thoughts_cost": progress["paid"] > 0,
         "seed": trained.seed,
         "steps": progress["step"],
         "seconds": round(progress["seconds"], 1),

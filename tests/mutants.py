@@ -213,10 +213,15 @@ MUTANTS = {
         "if self.learned_at is None:\n            return steps - step",
         "if True:\n            return steps - step",
     ),
+    "gates do not begin anew": (
+        "train.py",
+        'if group["apart"] and self.paid else',
+        "if False else",
+    ),
     "thoughts never cost": (
         "train.py",
-        "            self.paid = True",
-        "            self.paid = False",
+        "            self.paid += 1",
+        "            self.paid += 0",
     ),
     "every step draws the same": (
         "train.py",
