@@ -722,8 +722,8 @@ class Trainer:
         for optimiser in self.optimisers:
             optimiser.zero_grad()
             for group in optimiser.param_groups:
-                # what decides begins anew in the cost phase: its first gradients are of a network
-                # that has yet to learn what is asked of it there
+                # gates rise anew once thoughts cost: what is asked then is new to the network, and
+                # until it knows it tries mislead them
                 step = self.paid - 1 if group["apart"] and self.paid else self.step
                 group["lr"] = group["peak_lr"] * schedule(step, c.rise, self.left / c.steps)
         loss.backward()

@@ -111,11 +111,12 @@ LOOKS = {
     "plain": f"train.py {KEYHOLE} --n_bits=0",
 }
 DEPTHS = {"": "", "_two_layers": " --n_layer=2"}
+LITTLE = "--steps=4000 --batch_tokens=1024"  # what never learns would take hours
 SILENT = {
     "finger": "lab/variants/finger.py config/silent.toml",
-    "no_finger": "train.py config/silent.toml --steps=5000",  # more than it takes with a finger
-    "pause": "lab/variants/pause.py config/silent.toml --steps=5000",
-    "plain": "train.py config/silent.toml --n_bits=0 --steps=5000",
+    "no_finger": f"train.py config/silent.toml {LITTLE}",
+    "pause": f"lab/variants/pause.py config/silent.toml {LITTLE}",
+    "plain": "train.py config/silent.toml --n_bits=0 --steps=4000",
 }
 PRIMER = "config/chain.toml --n_embd=128 --weight_decay=0.5"
 MIXED = "config/mixed.toml --init_from="

@@ -89,7 +89,7 @@ def test_reinforce_has_rollouts_to_compare(chains, tmp_path):
     assert not trainer.paid and (real.view(-1, 4, real.size(1)) == real[::4, None]).all()
 
 
-def test_a_finger_dims_all_but_two_tokens_of_its_part(monkeypatch):
+def test_a_finger_dims_what_came_before_but_two_tokens(monkeypatch):
     """
     Tokens 0, 1, 2, then ; at 3, thoughts at 4 and 5, tokens 6 and 7, then = at 8, and thoughts at 9
     and 10. In the second sequence it does not press.
@@ -97,9 +97,9 @@ def test_a_finger_dims_all_but_two_tokens_of_its_part(monkeypatch):
     monkeypatch.setattr(finger, "finger", (3, 2, torch.tensor([7.0, 0.0])[:, None, None]))
     cells = Cells(torch.arange(11).expand(2, 11), seen=torch.ones(2, 11, dtype=torch.bool))
     added = finger.visible(cells, cells)
-    pointed_at = {2: [0, 1, 2], 3: [0, 1, 3], 4: [1, 2, 3, 4], 5: [2, 3, 4, 5]}
-    pointed_at |= {8: [5, 6, 8], 9: [6, 7, 8, 9], 10: [7, 8, 9, 10]}
-    for cell, at in pointed_at.items():
+    clear = {2: [0, 1, 2], 3: [0, 1, 3], 4: [1, 2, 3, 4], 5: [2, 3, 4, 5]}
+    clear |= {8: [5, 6, 8], 9: [6, 7, 8, 9], 10: [7, 8, 9, 10]}
+    for cell, at in clear.items():
         assert (added[0, cell] == 0).nonzero()[:, 0].tolist() == at
         assert (added[0, cell] == -7).sum() == cell + 1 - len(at)
     assert torch.equal(added[1] == 0, torch.ones(11, 11).tril().bool())
