@@ -124,6 +124,13 @@ def test_a_finger_is_lifted_while_all_is_mastered_and_nothing_is_learned_before_
     assert curriculum.learned_at == 2
 
 
+def test_runs_grow_with_the_levels_until_thoughts_cost(chains, tmp_path):
+    trainer = finger.Trainer(small(chains, tmp_path, max_run=9))
+    assert trainer.thinking.max_run == trainer.curriculum.levels[-1] + 1 == 4
+    trainer.paid = 1
+    assert trainer.thinking.max_run == 9
+
+
 @pytest.mark.parametrize("paid", [False, True])
 def test_no_finger_where_the_gate_decides(paid, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "visible", finger.visible)
