@@ -404,22 +404,18 @@ class GPT(nn.Module):
             cache,
         )
 
-    @staticmethod
-    def learns_apart(name: str) -> bool:
-        """A parameter of a gate or the observer: its learning rate and its clipping are its own."""
-        return name.startswith(("gate.", "recall_gate.")) or ".observer." in name
-
     def optimisers(self, lr: float, gate_lr: float, decay: float) -> list[torch.optim.Optimizer]:
         """
         Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else; Muon's steps
         are scaled to be as large as AdamW's. Weights of linear layers decay, those of the gates and
-        the observer excepted, which have a learning rate of their own.
+        the observer excepted, whose group is `apart`, with a learning rate of its own.
         """
         blocks, matrices, gates, rest = [], [], [], []
         is_matrix = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
         for name, p in self.named_parameters():
+            apart = name.startswith(("gate.", "recall_gate.")) or ".observer." in name
             matrix = blocks if name.startswith("blocks.") else matrices
-            (gates if self.learns_apart(name) else matrix if p in is_matrix else rest).append(p)
+            (gates if apart else matrix if p in is_matrix else rest).append(p)
         kinds = (blocks, lr, decay), (matrices, lr, decay), (gates, gate_lr, 0.0), (rest, lr, 0.0)
         first, *others = [
             {"params": some, "peak_lr": peak, "weight_decay": d, "apart": some is gates}

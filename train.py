@@ -77,9 +77,7 @@ class Config:  # option(default, help, least, most)
     steps: int = option(3500, "optimiser steps, at most: see FALL", 1)
     batch_tokens: int = option(1024, "real tokens a step and process, but for tries", 1)
     lr: float = option(1e-3, "peak learning rate", 0, 1)
-    rise: int = option(
-        100, "steps in which learning rates rise; those of gates, once thoughts cost", 1
-    )
+    rise: int = option(100, "steps in which rates rise; those of gates, once thoughts cost", 1)
     gate_lr: float = option(2e-2, "peak learning rate of gates and observer", 0, 1)
     weight_decay: float = option(0.01, "of matrices", 0, 1)
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
@@ -656,8 +654,10 @@ class Trainer:
         self.network = torch.compile(self.model, dynamic=True) if config.compile else self.model
         self.optimisers = self.model.optimisers(config.lr, config.gate_lr, config.weight_decay)
         self.clipped = [], []  # all else, and what decides: one must not shrink the other
-        for name, p in self.model.named_parameters():
-            self.clipped[GPT.learns_apart(name)].append(p)
+        groups = [group for optimiser in self.optimisers for group in optimiser.param_groups]
+        apart = {p for group in groups if group["apart"] for p in group["params"]}
+        for p in self.model.parameters():
+            self.clipped[p in apart].append(p)
         grows = config.curriculum and not self.vocabulary.is_text  # which has no answers to master
         self.curriculum = Curriculum(self.rows.count, grows)
         self.step, self.seconds = 0, 0.0

@@ -172,7 +172,7 @@ MUTANTS = {
     "the learning rate never rises": ("train.py", "min(1, (step + 1) / rise) * ", ""),
     "gates are clipped with the rest": (
         "train.py",
-        "self.clipped[GPT.learns_apart(name)]",
+        "self.clipped[p in apart]",
         'self.clipped[".observer." in name]',
     ),
     "the gradient is not clipped": (
