@@ -408,7 +408,9 @@ class GPT(nn.Module):
         """
         Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else; Muon's steps
         are scaled to be as large as AdamW's. Weights of linear layers decay, those of the gates and
-        the observer excepted, whose group is `apart`, with a learning rate of its own.
+        the observer excepted, whose group is `apart`, with a learning rate of its own. What a try
+        teaches them is little as a rule, and seldom much: AdamW divides by the size of recent
+        gradients, and over few steps (beta 2) it would make the seldom as little as the rest.
         """
         blocks, matrices, gates, rest = [], [], [], []
         is_matrix = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
@@ -419,11 +421,12 @@ class GPT(nn.Module):
         kinds = (blocks, lr, decay), (matrices, lr, decay), (gates, gate_lr, 0.0), (rest, lr, 0.0)
         first, *others = [
             {"params": some, "peak_lr": peak, "weight_decay": d, "apart": some is gates}
+            | {"betas": (0.9, 0.999 if some is gates else 0.95)}
             for some, peak, d in kinds
             if some
         ]
         muon = torch.optim.Muon([first], lr=lr, adjust_lr_fn="match_rms_adamw")
-        return [muon, torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95))]
+        return [muon, torch.optim.AdamW(others, lr=lr)]
 
 
 # ----------------------------------------------------------------------------------------------
