@@ -138,7 +138,6 @@ class Output(NamedTuple):
     logits: Tensor  # (B, C, V) of the next real token; (B, C, V + 1) with REVISE
     thoughts: Tensor  # (B, C, d) numbers whose signs are a thought's bits, see Thoughts
     gate: Tensor  # (B, C) logit of thinking; -inf in a plain GPT
-    taught_gate: Tensor  # the same, but its gradient goes on into the trunk
     recall: Tensor  # (B, C) logit of RECALL; -inf in a model without
     readings: Tensor  # (B, C, 3) of the observer, see READINGS; (B, C, 0) without one
     last: Tensor  # (B, C, D) what all of these are made of
@@ -383,22 +382,19 @@ class GPT(nn.Module):
         """x (B, C, D); what the observer sensed (B, C, hs), or None."""
         logits = self.head(x)
         never = torch.full_like(x[..., 0], -torch.inf)
-        # The noise of tries must not reach the trunk, so the gates' input is detached.
-        # Demonstrations have no such noise: the gradient of `taught_gate` goes on.
-        gate_input = x if sensed is None else torch.cat([x, sensed], dim=-1)
-        apart = gate_input.detach()
+        # gates read the trunk and do not shape it: what tries teach is noisy
+        gate_input = (x if sensed is None else torch.cat([x, sensed], dim=-1)).detach()
         readings = x[..., :0]
         if sensed is not None:
-            log_p = logits.detach().log_softmax(dim=-1)
-            entropy = -(log_p.exp() * log_p).sum(dim=-1, keepdim=True)  # (B, C, 1)
+            p = logits.detach().softmax(dim=-1)
+            entropy = torch.special.entr(p).sum(dim=-1, keepdim=True)  # (B, C, 1)
             readings = self.blocks[-1].attention.observer.read(sensed)  # (B, C, 3)
             readings = readings + F.pad(entropy, (0, len(READINGS) - 1))
         return Output(
             logits,
             x[..., :0] if self.thoughts is None else self.thoughts.head(x),
-            never if self.gate is None else self.gate(apart),
             never if self.gate is None else self.gate(gate_input),
-            never if self.recall_gate is None else self.recall_gate(apart),
+            never if self.recall_gate is None else self.recall_gate(gate_input),
             readings,
             x,
             cache,

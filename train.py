@@ -152,7 +152,6 @@ class GridOutput(NamedTuple):
     right: Tensor  # bool: that is the likeliest
     thoughts: Tensor  # (B, T, S, d)
     gate: Tensor  # logits
-    taught_gate: Tensor
     recall: Tensor
     readings: Tensor  # (B, T, S, 3 or 0)
     last: Tensor  # (B, T, S, D)
@@ -417,7 +416,7 @@ def demonstration_loss(model: GPT, out: GridOutput, grid: Grid, batch: Batch) ->
     shown = batch.shown[:, None, None]
     number = grid.next_thought(model.config.vocab_size)
     what = model.thoughts.log_probability(out.thoughts, number)
-    when = F.logsigmoid(torch.where(grid.thinks, out.taught_gate, -out.taught_gate))
+    when = F.logsigmoid(torch.where(grid.thinks, out.gate, -out.gate))
     return -mean(what, grid.thinks & shown) - mean(when, grid.asked & shown)
 
 

@@ -154,7 +154,7 @@ MUTANTS = {
         "for layer in self.layers], dim=-1).detach()",
         "for layer in self.layers], dim=-1)",
     ),
-    "the gate shapes the trunk": ("model.py", "apart = gate_input.detach()", "apart = gate_input"),
+    "the gate shapes the trunk": ("model.py", "dim=-1)).detach()", "dim=-1))"),
     "REVISE is never right": (
         "train.py",
         "aim = target[:, at // S].masked_fill(slot == S + WRONG_SLOT, V)",
@@ -213,7 +213,11 @@ MUTANTS = {
         "if self.learned_at is None:\n            return steps - step",
         "if True:\n            return steps - step",
     ),
-    "gates forget what is rare": ("model.py", "0.999 if some is gates else", "0.95 if some is gates else"),
+    "gates forget what is rare": (
+        "model.py",
+        "0.999 if some is gates else",
+        "0.95 if some is gates else",
+    ),
     "thoughts never cost": (
         "train.py",
         "            self.paid = True",

@@ -171,7 +171,7 @@ def test_the_tokens_of_an_answer_count_or_all_of_a_text():
 def test_an_answer_is_right_if_each_of_its_tokens_is_the_likeliest_where_it_is_emitted():
     grid = grid_of([[0, 5, 1, 2, 3]] * 4)  # the cells would say 1, 1, 2, 3; the first one thinks
     rows = [1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]
-    out = GridOutput(None, on(grid, *rows).bool(), *[None] * 6)
+    out = GridOutput(None, on(grid, *rows).bool(), *[None] * 5)
     assert answers_right(out, grid, ALL).tolist() == [True, True, False, False]
     last = counted_tokens(batch_of(grid, 3))
     assert answers_right(out, grid, last).tolist() == [True, True, True, False]
@@ -363,7 +363,7 @@ def log_phi(x):
 def test_demonstrated_thoughts_are_learned_by_heart_and_so_is_when_to_think(tiny):
     grid = grid_of([[0, 6, 1, 2], [0, 7, 1, 2]])
     h, gate = torch.randn(2, 3, 5, D_BITS), torch.randn(2, 3, 5)
-    out = GridOutput(None, None, h, None, gate, None, None, None)
+    out = GridOutput(None, None, h, gate, None, None, None)
     batch = batch_of(grid, 2, shown=torch.tensor([True, False]))
     grid.asked[:, :, 1] = False
     soft = h[0, 0, 0].tanh()

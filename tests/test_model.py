@@ -350,16 +350,6 @@ def test_gpt2_emits_what_it_does_in_transformers():
     torch.testing.assert_close(ours(x).logits, theirs(x).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_the_gate_shapes_the_trunk_only_where_it_is_taught(tiny):
-    model = tiny()
-    out = model(ids())
-    assert torch.equal(out.gate, out.taught_gate)
-    out.gate.sum().backward(retain_graph=True)
-    assert model.embedding.weight.grad is None and model.gate.out.weight.grad.any()
-    out.taught_gate.sum().backward()
-    assert model.embedding.weight.grad.any()
-
-
 def test_gates_and_observer_have_their_own_learning_rate_and_only_matrices_decay(tiny):
     model = tiny(observer="quarters", recall=True)
     names = {p: name for name, p in model.named_parameters()}
@@ -383,7 +373,7 @@ def saying(gate=0.0, worth=0.0, rows=2000):
     gate = torch.full((rows, 1), gate)
     readings = torch.tensor([0.0, worth, 0.0]).expand(rows, 1, 3)
     logits, h = torch.zeros(rows, 1, V), torch.zeros(rows, 1, 2)
-    return Output(logits, h, gate, gate, gate, readings, None, None)
+    return Output(logits, h, gate, gate, readings, None, None)
 
 
 def test_a_gate_says_yes_where_its_logit_is_positive_unless_it_is_forced():
@@ -517,7 +507,7 @@ class Scripted(torch.nn.Module):
         gate = torch.full((1, 1), 9.0 if cell in self.thinks else -9.0)
         h = torch.full((1, 1, 2), 9.0)  # thought 3
         cells = Cells(torch.arange(length + 1)[None])
-        return Output(logits, h, gate, gate, gate - 99, h[..., :0], None, Cache([], cells))
+        return Output(logits, h, gate, gate - 99, h[..., :0], None, Cache([], cells))
 
 
 def run(model, prompt, new_tokens, after=None, **how):
