@@ -77,7 +77,7 @@ class Config:  # option(default, help, least, most)
     steps: int = option(3500, "optimiser steps, at most: see FALL", 1)
     batch_tokens: int = option(1024, "real tokens a step and process, but for tries", 1)
     lr: float = option(1e-3, "peak learning rate", 0, 1)
-    rise: int = option(100, "steps, the first, in which the learning rates rise", 1)
+    rise: int = option(100, "steps in which rates rise; those of gates, once thoughts cost", 1)
     gate_lr: float = option(5e-2, "peak learning rate of gates and observer", 0, 1)
     weight_decay: float = option(0.01, "of matrices", 0, 1)
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
@@ -659,7 +659,8 @@ class Trainer:
             self.clipped[p in apart].append(p)
         grows = config.curriculum and not self.vocabulary.is_text  # which has no answers to master
         self.curriculum = Curriculum(self.rows.count, grows)
-        self.step, self.seconds, self.paid = 0, 0.0, False
+        self.step, self.seconds = 0, 0.0
+        self.paid = 0  # steps of the cost phase, with this one
 
     @property
     def thinking(self) -> Thinking:
@@ -698,12 +699,12 @@ class Trainer:
         with torch.autocast(self.device, torch.bfloat16, enabled=use_bf16):
             how = self.network, batch.real, batch.length, self.thinking
             grid, out = rollout(*how, wrong=wrong, **plan)
-            terms = hybrid_loss(self.model, grid, out, batch, of, c, self.paid)
+            terms = hybrid_loss(self.model, grid, out, batch, of, c, self.paid > 0)
         self.update(sum(terms.values()))
         right = answers_right(out, grid, counted_tokens(batch))
         self.curriculum.grow(batch.level.masked_fill(of != NO_TRY, -1), right)  # a try is of none
         tokens = int(grid.emits.sum())
-        log = {"step": self.step, "paid": self.paid, "level": int(batch.level.max())}
+        log = {"step": self.step, "paid": self.paid > 0, "level": int(batch.level.max())}
         log |= {"loss": terms.pop("tokens").item()}
         log |= {f"loss_{name}": term.item() for name, term in terms.items()}
         shown = out.right[grid.emits] if self.vocabulary.is_text else right  # tokens, or answers
@@ -716,11 +717,14 @@ class Trainer:
 
     def update(self, loss: Tensor) -> None:
         """Backward, clip, one step of the optimiser. Raises FloatingPointError."""
-        share = schedule(self.step, self.config.rise, self.left / self.config.steps)
+        c = self.config
         for optimiser in self.optimisers:
             optimiser.zero_grad()
             for group in optimiser.param_groups:
-                group["lr"] = group["peak_lr"] * share
+                # gates rise anew once thoughts cost: what is asked then is new to the network, and
+                # until it knows it tries mislead them
+                step = self.paid - 1 if group["apart"] and self.paid else self.step
+                group["lr"] = group["peak_lr"] * schedule(step, c.rise, self.left / c.steps)
         loss.backward()
         if runs.WORLD > 1:
             runs.average_gradients(self.model)
@@ -747,7 +751,7 @@ class Trainer:
             what = f"level {self.curriculum.newest[0]} is not learned after {self.step} steps"
             print(f"{what}: all levels are in use, and nothing is cut any more", flush=True)
         if (c.n_bits or c.recall) and self.left < (1 - c.warm_up) * c.steps:  # warm_up 1: never
-            self.paid = True
+            self.paid += 1
 
     def validate(self) -> dict:
         """{level: share of answers right, or nats a token where there is none}, greedy."""

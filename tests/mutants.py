@@ -213,6 +213,11 @@ MUTANTS = {
         "if self.learned_at is None:\n            return steps - step",
         "if True:\n            return steps - step",
     ),
+    "gates do not begin anew": (
+        "train.py",
+        'if group["apart"] and self.paid else',
+        "if False else",
+    ),
     "gates forget what is rare": (
         "model.py",
         "0.999 if some is gates else",
@@ -220,8 +225,8 @@ MUTANTS = {
     ),
     "thoughts never cost": (
         "train.py",
-        "            self.paid = True",
-        "            self.paid = False",
+        "            self.paid += 1",
+        "            self.paid += 0",
     ),
     "every step draws the same": (
         "train.py",

@@ -96,6 +96,17 @@ def test_gradients_are_clipped_and_those_of_gates_and_observer_apart(chains, tmp
     assert gates == pytest.approx(1e-3 * sizes[0], rel=1e-4)
 
 
+def test_the_rate_of_gates_rises_anew_when_thoughts_begin_to_cost(chains, tmp_path):
+    trainer = Trainer(small(chains, tmp_path, steps=1000, rise=10))
+    trainer.step, shares = 50, []
+    for trainer.paid in (0, 1, 5, 10, 11):
+        trainer.update(sum(p.sum() for p in trainer.model.parameters()))
+        groups = [group for optimiser in trainer.optimisers for group in optimiser.param_groups]
+        assert all(g["lr"] == g["peak_lr"] for g in groups if not g["apart"])
+        shares += [g["lr"] / g["peak_lr"] for g in groups if g["apart"]]
+    assert shares == pytest.approx([1, 0.1, 0.5, 1, 1])
+
+
 def test_a_gate_learns_from_what_is_rare_and_large():
     """A thought that saves 10 nats, and in the next 99 steps costs .05, should be thought."""
     model = GPT(GPTConfig(vocab_size=5))
