@@ -78,7 +78,7 @@ class Config:  # option(default, help, least, most)
     batch_tokens: int = option(1024, "real tokens a step and process, but for tries", 1)
     lr: float = option(1e-3, "peak learning rate", 0, 1)
     rise: int = option(100, "steps in which rates rise; those of gates, once thoughts cost", 1)
-    gate_lr: float = option(5e-2, "peak learning rate of gates and observer", 0, 1)
+    gate_lr: float = option(2e-2, "peak learning rate of gates and observer", 0, 1)
     weight_decay: float = option(0.01, "of matrices", 0, 1)
     curriculum: bool = option(True, "short sequences first, longer ones once those are mastered")
     # thoughts
