@@ -31,8 +31,9 @@ References
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -502,7 +503,7 @@ def generate(
     top_k: int = 0,
     stop: int = -1,
     revisions: int = 8,
-    instead: Iterator[int] | None = None,
+    instead: list[int] | None = None,
     watch: Callable | None = None,
 ) -> list[int]:
     """
@@ -514,7 +515,7 @@ def generate(
       RECALL  one cell looks at everything, and emits
       emit    the next token is appended; within the prompt, the one that is given
     The memory stack: for each token, what there was when it was emitted; a cache is never changed,
-    so that it can be kept. `instead`: thoughts to think in place of the model's own.
+    so that it can be kept. `instead`: thoughts to think in place of the model's own, again and again.
     `watch` is called with what happened, "token", "think", "recall" or "revise", and an id.
     Raises ValueError for an empty prompt or answer.
     """
@@ -523,6 +524,8 @@ def generate(
     config, device = model.config, model.embedding.weight.device
     V, RECALL = config.vocab_size, config.vocab_size + config.n_think
     max_run, after = thinking.longest_run(config), thinking.after
+    if instead is not None:
+        max_run, instead = max_run * bool(instead), cycle(instead)
     watch = watch or (lambda what, token: None)
     cell, run, cache = prompt[0], 0, None  # cell: the id that goes through the network next
     tokens, memory_stack = [cell], []  # memory_stack: (cache, logits) of each token emitted

@@ -165,7 +165,7 @@ def load_plain(folder: str, beside: Vocabulary, device: str) -> tuple[GPT, Vocab
 
 def warm_start(model: GPT, weights: dict[str, Tensor]) -> None:
     """
-    Begin with the weights of a smaller model: one without thoughts, observer or control tokens
+    Begin with the weights of another model, which may lack thoughts, observer or control tokens
     that this one has. Overlapping slices are copied; rows beyond them keep their initial value,
     columns beyond them become zero, so that what is new has no effect yet: it emits what it
     did. Raises ValueError if the weights do not fit.

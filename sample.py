@@ -15,7 +15,6 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -147,24 +146,25 @@ def main(argv: list[str]) -> None:
     generator = torch.Generator(device).manual_seed(config.seed)
 
     def answer(prompt: str, mode: str, watch, instead=None) -> None:
-        how = dataclasses.replace(thinking, mode=mode), generator, config.temperature
-        how += config.top_k, vocabulary.row_end, config.revisions, instead, watch
+        how = dataclasses.replace(thinking, mode=mode)
+        drawn = {"generator": generator, "temperature": config.temperature, "top_k": config.top_k}
+        others = {"revisions": config.revisions, "instead": instead, "watch": watch}
+        stop = vocabulary.row_end
         try:
-            generate(model, ids[prompt], config.max_new_tokens, *how)
+            generate(model, ids[prompt], config.max_new_tokens, how, stop=stop, **drawn, **others)
         except ValueError as error:
             raise DataError(str(error)) from None
 
     for i, prompt in [(i, p) for i, p in enumerate(prompts) for _ in range(config.samples)]:
         transcript = Transcript(vocabulary, config.show_thoughts)
-        mode, instead = config.mode, None
-        if mode == "swapped":
+        instead = None
+        if config.mode == "swapped":
             events, following = [], prompts[i + 1 :] + prompts
             other = next(p for p in following if p != prompt)
             answer(other, "policy", lambda *event: events.append(event))
             numbers = [number for what, number in events if what == "think"]
-            mode = mode if numbers else "never"
-            instead = cycle(number - model.config.vocab_size for number in numbers)
-        answer(prompt, mode, transcript.watch, instead)
+            instead = [number - model.config.vocab_size for number in numbers]
+        answer(prompt, config.mode, transcript.watch, instead)
         transcript.print(transcript.held, end="\n")
         if config.introspect:
             given = len(ids[prompt])

@@ -1,7 +1,7 @@
 """
 Train a GPT to think silently, from scratch: rollout, forgetting, hybrid loss, curriculum, loop.
 
-  python train.py                           the main job: chains modulo 5, half a minute
+  python train.py                           the main job: chains modulo 5, a minute
   python train.py --think_cost=0.1          any value of `Config` can be changed; --help lists them
   python train.py config/automata.toml --data=FOLDER --out=out/mine      another experiment
   python train.py --resume=true             go on where Ctrl-C stopped it
@@ -27,7 +27,6 @@ Glossary, beside model.py's
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -74,7 +73,7 @@ class Config:  # option(default, help, least, most)
     revise: float = option(0.0, "share of tokens tried with a wrong one, to teach REVISE", 0, 1)
     window: int = option(0, "positions in view, in training and after; 0 for all", 0)
     # optimisation
-    steps: int = option(3500, "optimiser steps, at most: see FALL", 1)
+    steps: int = option(3500, "optimiser steps, at most; fewer if all levels are learned sooner", 1)
     batch_tokens: int = option(1024, "real tokens a step and process, but for tries", 1)
     lr: float = option(1e-3, "peak learning rate", 0, 1)
     rise: int = option(100, "steps in which rates rise; those of gates, once thoughts cost", 1)
@@ -202,7 +201,7 @@ def rollout(
     as `thinking` says; None: UNFORCED everywhere.
     cuts: (B, T) bool, what follows this token begins a new segment: a thought, if there is one.
     jumps: (B, T) positions by which all that follows this token is moved ahead. Both only at
-    tokens that a thought may follow.
+    tokens that a thought may follow, and in a model that has thoughts.
     wrong: see empty_grid.
     tries: (B, T) where a gate is not followed, see draw_tries.
     """
@@ -309,7 +308,8 @@ def draw_plan(batch: Batch, thinking: Thinking, share: float, teaches: Tensor) -
     but not its last). Nothing earlier is visible from there on, so the thought there must carry
     what is needed later; else the prompt could be read again, and it would learn nothing. If the
     gate decides, or in a text, it is cut at each of these tokens with a probability drawn for the
-    sequence: cut once, a long one would hardly ever need the thought at one place.
+    sequence (from 1 - thinking.force to 1): cut once, a long one would hardly ever need the thought
+    at one place.
     Jump: in the others, at one of these tokens, by up to JUMP positions, to practise longer
     distances than the data have. A text does not jump, and nothing does without a share.
     """
@@ -353,10 +353,9 @@ def draw_tries(batch: Batch, thinking: Thinking, recall: float) -> Tensor:
 # the hybrid loss
 
 
-def mean(x: Tensor, weight: Tensor, dim: int | None = None) -> Tensor:
-    """Weighted mean of all, or along `dim`, which stays; without weight 0; divisor at least 1."""
-    stays = dim is not None
-    return (x * weight).sum(dim, keepdim=stays) / weight.sum(dim, keepdim=stays).clamp(min=1)
+def mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean of all; the divisor is at least 1."""
+    return (x * weight).sum() / weight.sum().clamp(min=1)
 
 
 def counted_tokens(batch: Batch) -> Tensor:
@@ -392,7 +391,7 @@ def gain(returns: Tensor, of: Tensor) -> Tensor:
     By how much a try did better than what it is a try `of` (B,), which went as the gate wanted: the
     difference of their (B, T, S) returns-to-go from the same token on -> (B, T, 1).
     """
-    return (returns - returns[of])[:, :, :1]
+    return (returns - returns[of])[:, :, :1]  # of NO_TRY: some sequence, and not looked at
 
 
 def gate_loss(logit: Tensor, yes: Tensor, tried: Tensor, gained: Tensor) -> Tensor:
@@ -445,12 +444,12 @@ def hybrid_loss(model, grid, out: GridOutput, batch, of, config, paid: bool) -> 
     counted, own = counted_tokens(batch), (of == NO_TRY)[:, None, None]  # a try may be a mistake
     terms = {"tokens": token_loss(out.loss, grid, counted & own, config.thinking_weight)}
     if config.revise:
-        wrong = grid.present[:, :, WRONG_SLOT]  # each weighs about as much as a token does
-        share = mean(wrong.float(), grid.present[:, :, 0] & counted[:, :, 0])
+        wrong, real = (grid.present[:, :, slot] & own[:, :, 0] for slot in (WRONG_SLOT, 0))
+        share = mean(wrong.float(), real & counted[:, :, 0])  # each weighs about as much as a token
         terms["revise"] = share * mean(out.loss[:, :, WRONG_SLOT], wrong)
     cost = out.loss.detach() * counted
     returns = return_to_go(cost, grid, config.think_cost * paid, config.horizon)
-    tried = grid.tried & grid.asked
+    tried = grid.tried & grid.asked  # the gate's; those of RECALL stand in its slot
     if paid:
         gained = gain(returns, of)
         if model.config.n_bits:
@@ -486,13 +485,11 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
     if model.config.revise:
         thinks, thoughts = grid.thinks, grid.next_thought(model.config.vocab_size)  # (B, T, S)
         for i, (prompt, end) in enumerate(zip(batch.prompt.tolist(), batch.length.tolist())):
-            row, how, instead = batch.real[i, :end].tolist(), thinking, None
-            if thinking.mode == "swapped":  # one prompt at a time has nobody to swap with
-                numbers = thoughts[i][thinks[i]].tolist()
-                instead = itertools.cycle(numbers)
-                how = thinking if numbers else dataclasses.replace(thinking, mode="never")
+            row, swapped = batch.real[i, :end].tolist(), thinking.mode == "swapped"
+            instead = thoughts[i][thinks[i]].tolist() if swapped else None  # it is alone there
             if prompt < end:  # a text has no answer
-                said = generate(model, row[:prompt], end - prompt, how, generator, instead=instead)
+                how = thinking, generator
+                said = generate(model, row[:prompt], end - prompt, *how, instead=instead)
                 right[i] = said == row
     model.train(was_training)
     return grid, right, (out.loss * grid.emits).sum(dim=2)
@@ -579,7 +576,7 @@ class Curriculum:
 
     def move_on(self, step: int, steps: int) -> bool:
         """After each step -> True if now the newest are given up, and all levels come into use."""
-        if self.grows and self.learned and self.right > LEARNED and self.learned_at is None:
+        if self.learned and self.right > LEARNED and self.learned_at is None:
             self.learned_at = step
         late = self.waited > PATIENCE * steps or self.steps_left(step, steps) <= FALL * steps
         late = late and not self.learned and not self.gave_up
@@ -743,8 +740,8 @@ class Trainer:
         """
         After each step. When all levels are learned no more than FALL of the steps are left, in
         which the learning rate falls. Levels that evidently will not be learned come into use all
-        the same. Thoughts cost once fewer than 1 - warm_up of the steps are left: by default, too,
-        those of the fall.
+        the same. Thoughts cost once fewer than 1 - warm_up of the steps are left: by default,
+        while the learning rate falls.
         """
         c = self.config
         if self.curriculum.move_on(self.step, c.steps) and runs.RANK == 0:
@@ -857,8 +854,8 @@ def begin(trainer: Trainer) -> None:
             raise DataError(f"{config.out} is at step {trainer.step} already: give more --steps")
     if runs.RANK == 0:
         runs.prepare_out(config, trainer.step)
-        count = sum(p.numel() for p in trainer.model.parameters())
-        size = f"{count:,} parameters, {config.n_layer} layers, thoughts of {config.n_bits} bits"
+        shape, count = trainer.model.config, sum(p.numel() for p in trainer.model.parameters())
+        size = f"{count:,} parameters, {shape.n_layer} layers, thoughts of {shape.n_bits} bits"
         where = f"{trainer.device}, {torch.get_num_threads()} threads"
         print(f"{trainer.vocabulary.meta['task']}; {size}; {where}", flush=True)
 
@@ -872,7 +869,7 @@ def main(argv: list[str]) -> None:
     if runs.RANK:
         return
     if not finished:
-        again = f"python train.py {shlex.join(argv)} --resume=true"
+        again = f"python {shlex.join([sys.argv[0], *argv])} --resume=true"
         sys.exit(f"stopped at step {trainer.step} and saved; go on with: {again}")
     print(f"{what_was_learned(trainer)}\ntrained in {trainer.seconds:.0f} s", flush=True)
     if config.report:

@@ -406,20 +406,17 @@ class Vocabulary:
 
 
 class ByteVocabulary(Vocabulary):
-    """Byte pairs through tiktoken. Thoughts have names from id V on; no text is read as one."""
+    """Byte pairs through tiktoken."""
 
     def __init__(self, meta: dict):
         self.meta, self.encoding = meta, make_encoding(meta["encoding"])
         self.row_end, self.answer_after, self.thought = -1, -1, {}
-        count = self.encoding.n_vocab - THOUGHT_NAMES
+        count = self.encoding.n_vocab
         self.pieces = [self.encoding.decode_single_token_bytes(i) for i in range(count)]
         self.tokens = [piece.decode("utf-8", "replace") for piece in self.pieces]
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
-
-
-THOUGHT_NAMES = 1024  # special tokens <|think_0|> ... behind the tokens of an encoding
 
 
 def make_encoding(recipe):
@@ -431,22 +428,16 @@ def make_encoding(recipe):
         import tiktoken
 
         if recipe == "gpt2":
-            base = tiktoken.get_encoding("gpt2")
-            pattern, ranks, special = base._pat_str, base._mergeable_ranks, base._special_tokens
-        else:
-            pattern, special = recipe["pattern"], {}
-            ranks = {base64.b64decode(piece): i for i, piece in enumerate(recipe["ranks"])}
+            return tiktoken.get_encoding("gpt2")
+        ranks = {base64.b64decode(piece): i for i, piece in enumerate(recipe["ranks"])}
+        how = {"pat_str": recipe["pattern"], "mergeable_ranks": ranks, "special_tokens": {}}
+        return tiktoken.Encoding("nanothink", **how)
     except ImportError:
         raise DataError("byte pairs need the package tiktoken: pip install tiktoken") from None
     except OSError as error:  # what requests raises without a network is one, too
         message = f"tiktoken cannot fetch GPT-2's byte pairs ({type(error).__name__})"
         advice = "run this once with a network, or set TIKTOKEN_CACHE_DIR to where that was done"
         raise DataError(f"{message}: {advice}; --tokenizer=bpe needs none") from None
-    count = len(ranks) + len(special)
-    special = special | {f"<|think_{k}|>": count + k for k in range(THOUGHT_NAMES)}
-    return tiktoken.Encoding(
-        "nanothink", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-    )
 
 
 # ----------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ The runs behind the tables: data, training, instruments, and one table a set.
 Sets: main, chains, automata, text, keyhole, silent, parts, mixed, control, demonstrations,
 observer, addition. A run lives in out/SET/TASK/MODEL_SEED and is skipped where its report.json is
 there; with --jobs=0 nothing runs, and the table is of what there is. A run takes one thread: a
-minute in main and chains, two to three a thinking one of automata (others less), ten or more in
-text, parts and mixed.
+minute in main and chains, two to three a thinking one of automata (others less), five to fifteen in
+text, keyhole, silent, parts and mixed. Models are named as in the command; `finger` is thinking, taught
+with lab/variants/finger.py.
 
 Not here: the numbers themselves (report, study, where, parts, control, calibrate).
 """
@@ -116,7 +117,7 @@ SILENT = {
     "finger": "lab/variants/finger.py config/silent.toml",
     "no_finger": f"train.py config/silent.toml {LITTLE}",
     "pause": f"lab/variants/pause.py config/silent.toml {LITTLE}",
-    "plain": "train.py config/silent.toml --n_bits=0 --steps=4000",
+    "plain": "train.py config/silent.toml --n_bits=0",
 }
 PRIMER = "config/chain.toml --n_embd=128 --weight_decay=0.5"
 MIXED = "config/mixed.toml --init_from="
@@ -190,11 +191,11 @@ SETS = {
 # ----------------------------------------------------------------------------------------------
 # tables: {heading: where the number is}, see `measure`; of several places the first that is there
 
-ABLATIONS = {m: f"report/modes/{m}/accuracy/{{last}}" for m in ("random", "constant", "swapped")}
-ABLATIONS = {"never": "report/modes/never/accuracy/{last}"} | ABLATIONS
+ABLATED = ("never", "random", "constant", "swapped")
+ABLATIONS = {mode: f"report/modes/{mode}/accuracy/{{last}}" for mode in ABLATED}
 ROWS = {"worst trained length": "worst", "longest trained": "own/accuracy/{last}"}
 WINDOW, OWN = "report/windows/8/accuracy/", "own/accuracy/"
-NATS = {mode: f"report/modes/{mode}/nats" for mode in ("never", "random", "constant", "swapped")}
+NATS = {mode: f"report/modes/{mode}/nats" for mode in ABLATED}
 LOSS, VALUE = "calibration/predicted_loss/", "calibration/value_of_thinking/"
 CHAIN_COLUMNS = {
     **ROWS,

@@ -463,7 +463,7 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
     thoughts = torch.full((3, 6, 2), -1)
     thoughts[2, 1], thoughts[2, 3] = torch.tensor([1, 2]), torch.tensor([3, -1])
     wrong = torch.full((3, 6), -1)
-    wrong[0, 3] = wrong[1, 2] = 4
+    wrong[0, 3] = wrong[1, 2] = wrong[2, 4] = 4
     shown, more = torch.tensor([False, False, True]), {"thoughts": thoughts, "wrong": wrong}
     batch = Batch.plain(real, length[::4], torch.full((3,), 2), length[::4])
     batch = batch._replace(shown=shown, **more).rows(torch.arange(12) // 4)
@@ -528,8 +528,8 @@ def test_the_whole_loss_of_the_cost_phase_is_its_terms_by_hand(tiny, sizes, hori
 
     if sizes:
         wanted["recall"] = sum(recall) / len(recall)
-        tried = [(one, c) for one in full for c in one.cells if c[1] == 4]
-        counted = sum(one.counts(t) for one in full for t, slot in one.cells if slot == 0)
+        tried = [(one, c) for one in own for c in one.cells if c[1] == 4]
+        counted = sum(one.counts(t) for one in own for t, slot in one.cells if slot == 0)
         lost = [-one.cells[c].logits.log_softmax(dim=0)[V] for one, c in tried]
         wanted["revise"] = len(tried) / counted * sum(lost) / len(lost)
         errors = {"predicted": [], "worth": [], "to go": []}

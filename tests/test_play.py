@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from itertools import cycle
 from types import SimpleNamespace
 
 import pytest
@@ -66,12 +65,10 @@ def in_node(found: dict, jobs: list[dict], tmp_path) -> list:
 
 def in_torch(model: GPT, prompt: list[int], thinking: Thinking, thoughts=None, stop=4) -> list:
     """The same by model.generate: ids of all cells."""
-    ids, instead = [], None
-    if thinking.mode == "swapped":
-        thinking = thinking if thoughts else replace(thinking, mode="never")
-        instead = cycle(thoughts) if thoughts else None
-    how = {"instead": instead, "stop": stop, "watch": lambda what, number: ids.append(number)}
-    generate(model, prompt, 32, thinking, **how)
+    ids, swapped = [], thinking.mode == "swapped"
+    instead = (thoughts or []) if swapped else None
+    watch = lambda what, number: ids.append(number)
+    generate(model, prompt, 32, thinking, stop=stop, instead=instead, watch=watch)
     return ids
 
 

@@ -14,7 +14,6 @@ from conftest import seeded
 import sample
 import train
 from data.dataset import (
-    THOUGHT_NAMES,
     ByteVocabulary,
     DataError,
     Text,
@@ -105,19 +104,16 @@ def test_windows_are_pieces_of_the_text():
         Text(torch.arange(100).numpy(), 100)
 
 
-def test_byte_pairs_read_any_text_and_never_read_a_thought(verses, tmp_path):
+def test_byte_pairs_read_any_text(verses, tmp_path):
     folder, text = verses
     small = ["--tokenizer=bpe", "--vocab_size=280"]
     prepare.main([f"--input={folder / 'text.txt'}", f"--out={tmp_path}", *small])
     vocabulary = load_vocabulary(load_meta(tmp_path))
     assert isinstance(vocabulary, ByteVocabulary) and len(vocabulary.tokens) == 280
-    for odd in (text, "Ophélie — \U0001f480", "<|think_3|>"):
+    for odd in (text, "Ophélie — \U0001f480", "<|endoftext|>"):
         ids = vocabulary.encode(odd)
         assert vocabulary.decode(ids) == odd and max(ids) < 280
     assert len(vocabulary.encode(text)) < 0.7 * len(text)
-    encoding = vocabulary.encoding
-    assert encoding.n_vocab == 280 + THOUGHT_NAMES
-    assert encoding.encode("<|think_3|>", allowed_special="all") == [280 + 3], "for who asks for it"
 
 
 def test_gpt2_byte_pairs_without_a_network_say_what_to_do(monkeypatch):

@@ -594,7 +594,7 @@ def test_free_answers_with_swapped_thoughts_think_what_the_rollout_thought(
     trainer, seen = Trainer(small(chains, tmp_path, revise=0.3)), []
 
     def answer(*_, instead):
-        seen.append([next(instead) for _ in range(3)])
+        seen.append(instead[:3])
 
     monkeypatch.setattr(train, "generate", answer)
     thinking = Thinking("swapped", force=1.0, greedy=True)

@@ -11,9 +11,9 @@ import train
 from data.arithmetic.prepare import main as prepare_arithmetic
 from data.automata.prepare import main as prepare_automata
 from lab.variants import finger, reinforce
-from lab.variants.pause import Pause
 from lab.variants.softmax import SoftmaxThoughts
 from model import Cells
+from runs import load_model
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,13 @@ def parity(tmp_path_factory):
     return folder
 
 
-def test_pause_tokens_are_all_one_thought():
-    thoughts, h = Pause(3, 8), torch.randn(50, 3)
-    assert not thoughts.likeliest(h).any() and not thoughts.draw(h).any()
+def test_pause_tokens_stay_one_thought_for_every_program_that_loads_them(parity, tmp_path):
+    options = ["--n_bits=3", "--steps=4", "--eval_rows=10", "--n_embd=16", "--n_head=2"]
+    options += [f"--data={parity}", f"--out={tmp_path}", "--report=false"]
+    call("lab/variants/pause.py", *options, check=True)
+    gpt, _, _ = load_model(str(tmp_path))
+    h = gpt.thoughts.head(100 * torch.randn(500, 16))
+    assert not gpt.thoughts.likeliest(h).any() and not gpt.thoughts.draw(h).any()
 
 
 def test_softmax_thoughts_by_hand():

@@ -95,7 +95,7 @@ class Trainer(train.Trainer):
         batch, plan, of = super().draw()
         u = torch.rand(of.shape, device=of.device)
         press = self.curriculum.press * u / (1 - u)
-        press *= plan["forced"][:, 0, 0] != UNFORCED
+        press *= plan["forced"][:, 0, 0] != UNFORCED  # there the gate decides all
         level = batch.level.masked_fill(u < 0.5, -1)
         return batch._replace(level=level), plan | {"press": press}, of
 

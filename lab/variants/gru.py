@@ -6,8 +6,8 @@ and phases.
 
 A GRU keeps a state of its own, in numbers of any size, and its gradient travels back through all
 of a sequence; it learns regular tasks in seconds. Writes report.json with modes.policy.accuracy.
-Of the config it uses data, out, seed, batch_tokens, steps, threads, n_embd, weight_decay,
-curriculum and eval_rows.
+Of the config it uses data, out, seed, block, batch_tokens, steps, rise, threads, n_embd,
+weight_decay, curriculum and eval_rows.
 """
 
 import json

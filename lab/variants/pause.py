@@ -11,21 +11,23 @@ compute in do not help here; it is what a thought says that does. Arguments are 
 import sys
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import model
 import train
 from options import run
 
+NEVER = -100.0  # its tanh is -1, and has a gradient of exactly 0: no bit is ever set
 
-class Pause(model.Thoughts):
-    """Whatever its numbers say, a thought is number 0."""
 
-    def likeliest(self, h: Tensor) -> Tensor:
-        return super().likeliest(h) * 0
+class Trainer(train.Trainer):
+    def __init__(self, config: train.Config):
+        super().__init__(config)
+        if self.model.thoughts is not None:
+            torch.nn.init.zeros_(self.model.thoughts.head.weight)
+            torch.nn.init.constant_(self.model.thoughts.head.bias, NEVER)
 
 
 if __name__ == "__main__":
-    model.Thoughts = Pause
+    train.Trainer = Trainer
     run(train.main, "pause.py")

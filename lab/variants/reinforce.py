@@ -2,11 +2,12 @@
 Variant: what to think is learned by REINFORCE, without the echo: a thought is reinforced by the
 loss of all that follows it, against the other rollouts of its sequence.
 
-  python lab/variants/reinforce.py --steps=800 --warm_up=1 --out=out/reinforce
+  python lab/variants/reinforce.py --steps=800 --out=out/reinforce
 
 What it shows: one number for each choice of a thought is far less than a gradient for each of its
 bits. It replaces train.hybrid_loss; and each sequence has several rollouts from the start, since
-there must be others to compare with. Arguments are train.py's.
+there must be others to compare with. Thoughts are forced and cost nothing to the end, since tries
+are not meant here. Arguments are train.py's.
 """
 
 import sys
@@ -63,7 +64,7 @@ def hybrid_loss(gpt, grid: train.Grid, out: train.GridOutput, batch, of, config,
 
 def main(argv: list[str]) -> None:
     model.Thoughts, train.Trainer, train.hybrid_loss = NoEcho, Trainer, hybrid_loss
-    train.main(argv)
+    train.main([*argv, "--warm_up=1"])
 
 
 if __name__ == "__main__":
