@@ -515,7 +515,7 @@ def generate(
       RECALL  one cell looks at everything, and emits
       emit    the next token is appended; within the prompt, the one that is given
     The memory stack: for each token, what there was when it was emitted; a cache is never changed,
-    so that it can be kept. `instead`: thoughts to think in place of the model's own, again and again.
+    so that it can be kept. `instead`: thoughts to think in place of the model's own, in turn.
     `watch` is called with what happened, "token", "think", "recall" or "revise", and an id.
     Raises ValueError for an empty prompt or answer.
     """

@@ -6,10 +6,9 @@ The runs behind the tables: data, training, instruments, and one table a set.
 
 Sets: main, chains, automata, text, keyhole, silent, parts, mixed, control, demonstrations,
 observer, addition. A run lives in out/SET/TASK/MODEL_SEED and is skipped where its report.json is
-there; with --jobs=0 nothing runs, and the table is of what there is. A run takes one thread: a
-minute in main and chains, two to three a thinking one of automata (others less), five to fifteen in
-text, keyhole, silent, parts and mixed. Models are named as in the command; `finger` is thinking, taught
-with lab/variants/finger.py.
+there; with --jobs=0 nothing runs, and the table is of what there is. `finger` is a thinking model
+taught by lab/variants/finger.py. A run takes one thread: a minute in main and chains, one to three
+a thinking one of automata (others less), five to fifteen in text, keyhole, silent, parts and mixed.
 
 Not here: the numbers themselves (report, study, where, parts, control, calibrate).
 """
