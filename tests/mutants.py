@@ -160,6 +160,7 @@ MUTANTS = {
         "aim = target[:, at // S].masked_fill(slot == S + WRONG_SLOT, V)",
         "aim = target[:, at // S]",
     ),
+    "tries teach REVISE": ("train.py", "[:, :, slot] & own[:, :, 0] for", "[:, :, slot] for"),
     # the loop
     "patience has no end": ("train.py", "self.waited > PATIENCE * steps or ", ""),
     "what is given up is cut": ("train.py", "c.forget * (not gave_up)", "c.forget"),
