@@ -145,13 +145,13 @@ def main(argv: list[str]) -> None:
         thinking.force_recall = float(config.recall == "always")
     generator = torch.Generator(device).manual_seed(config.seed)
 
+    options = {"generator": generator, "temperature": config.temperature, "top_k": config.top_k}
+    options |= {"stop": vocabulary.row_end, "revisions": config.revisions}
+
     def answer(prompt: str, mode: str, watch, instead=None) -> None:
-        how = dataclasses.replace(thinking, mode=mode)
-        drawn = {"generator": generator, "temperature": config.temperature, "top_k": config.top_k}
-        others = {"revisions": config.revisions, "instead": instead, "watch": watch}
-        stop = vocabulary.row_end
+        how, new = dataclasses.replace(thinking, mode=mode), config.max_new_tokens
         try:
-            generate(model, ids[prompt], config.max_new_tokens, how, stop=stop, **drawn, **others)
+            generate(model, ids[prompt], new, how, instead=instead, watch=watch, **options)
         except ValueError as error:
             raise DataError(str(error)) from None
 

@@ -488,8 +488,8 @@ def evaluate(model: GPT, batch: Batch, thinking: Thinking, generator=None):
             row, swapped = batch.real[i, :end].tolist(), thinking.mode == "swapped"
             instead = thoughts[i][thinks[i]].tolist() if swapped else None  # it is alone there
             if prompt < end:  # a text has no answer
-                how = thinking, generator
-                said = generate(model, row[:prompt], end - prompt, *how, instead=instead)
+                given, new = row[:prompt], end - prompt
+                said = generate(model, given, new, thinking, generator, instead=instead)
                 right[i] = said == row
     model.train(was_training)
     return grid, right, (out.loss * grid.emits).sum(dim=2)

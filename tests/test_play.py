@@ -67,8 +67,8 @@ def in_torch(model: GPT, prompt: list[int], thinking: Thinking, thoughts=None, s
     """The same by model.generate: ids of all cells."""
     ids, swapped = [], thinking.mode == "swapped"
     instead = (thoughts or []) if swapped else None
-    watch = lambda what, number: ids.append(number)
-    generate(model, prompt, 32, thinking, stop=stop, instead=instead, watch=watch)
+    how = {"instead": instead, "stop": stop, "watch": lambda what, number: ids.append(number)}
+    generate(model, prompt, 32, thinking, **how)
     return ids
 
 
